@@ -1,0 +1,1 @@
+"""Checkpoints of transformers models: stored, checked, converted and published."""

@@ -1,0 +1,1 @@
+"""Local doubles of remote services, shipped so that users can test against them."""
