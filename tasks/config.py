@@ -1,0 +1,203 @@
+"""What a user can set: typed, documented, refused when unknown.
+
+The flows' forms in the Prefect UI are made from these classes. Imports neither torch nor Prefect, so that flows, tasks and training ranks can all read it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PYTHON_STDLIB = "python-stdlib"
+"""The data source that is on every machine: the source code of Python's own standard library."""
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+"""A name that is also a directory's name."""
+
+
+class Settings(BaseModel):
+    """A group of settings: frozen, and an unknown key is an error that names it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class DataSettings(Settings):
+    """Text to train on, and the part of it that is held out for evaluation."""
+
+    source: str = PYTHON_STDLIB
+    """A directory or glob of text files, a `.jsonl` file, a Hub dataset as `hf:NAME`, or `python-stdlib`."""
+
+    text_field: str = "text"
+    """The field that holds the text, in a JSONL file or a Hub dataset."""
+
+    split: str = "train"
+    """The split of a Hub dataset."""
+
+    max_megabytes: float | None = Field(default=8.0, gt=0)
+    """Read at most this much text (10^6 bytes, UTF-8); empty means all of it."""
+
+    heldout_every: int = Field(default=40, ge=2)
+    """One document in this many is held out, chosen by its content, so that the choice never moves."""
+
+    heldout_tokens: int = Field(default=16_384, ge=256)
+    """Evaluate on at most this many held-out tokens."""
+
+    sequence_length: int = Field(default=128, ge=8)
+    """Tokens in one training sequence; documents are packed without padding."""
+
+
+def small_llama() -> dict[str, Any]:
+    """The default job's architecture: Llama, 4.2 million parameters."""
+    return {
+        "model_type": "llama",
+        "vocab_size": 4096,
+        "hidden_size": 256,
+        "intermediate_size": 688,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+    }
+
+
+class ModelSettings(Settings):
+    """The model: pretrained weights to start from, or an architecture to train from scratch."""
+
+    pretrained: str | None = None
+    """A local path or Hub id of a causal language model whose weights and tokenizer to start from."""
+
+    architecture: dict[str, Any] = Field(default=small_llama())
+    """Without `pretrained`: the fields of a transformers config, `model_type` among them."""
+
+    tokenizer: str | None = None
+    """A local path or Hub id; empty means that of `pretrained`, or a byte-level BPE trained on the data."""
+
+    trust_remote_code: bool = False
+    """Allow a model that brings Python code of its own. It then runs with your rights."""
+
+
+class TrainingStep(Settings):
+    """One training job; a retrain is a list of them, each starting from the weights of the one before."""
+
+    name: Name = "train"
+    """Shown in the UI and recorded in each checkpoint."""
+
+    steps: int = Field(default=80, ge=1)
+    """Optimizer steps."""
+
+    learning_rate: float = Field(default=2e-3, gt=0)
+    """The peak of the cosine schedule."""
+
+    warmup_steps: int = Field(default=8, ge=0)
+    """Steps of linear warm-up before the cosine."""
+
+    weight_decay: float = Field(default=0.1, ge=0)
+    """AdamW's decoupled weight decay, on matrices only."""
+
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are clipped to this norm."""
+
+    batch_size: int = Field(default=16, ge=1)
+    """Sequences in one optimizer step, over all ranks together."""
+
+    micro_batch_size: int = Field(default=8, ge=1)
+    """Sequences that one rank puts through the model at once; the rest is gradient accumulation."""
+
+    checkpoint_every: int = Field(default=40, ge=1)
+    """Steps between checkpoints; the last step and a TERM make one too."""
+
+    evaluate_every: int = Field(default=40, ge=1)
+    """Steps between evaluations on the held-out text."""
+
+    data: DataSettings | None = None
+    """Other data for this step; empty means the retrain's. The evaluation set stays the retrain's."""
+
+
+class ComputeSettings(Settings):
+    """Where training runs."""
+
+    ranks: int = Field(default=2, ge=1)
+    """Processes on this machine; on GPUs, one a GPU."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes CUDA when there is one."""
+
+    grace_seconds: float = Field(default=20.0, gt=0, le=300)
+    """After TERM, ranks have this long to commit a checkpoint before they are killed."""
+
+    trainer: str = Field(default="tasks.worker", pattern=r"^[A-Za-z_][\w.]*$")
+    """The module that torchrun starts. Yours may replace it: it is given the path of a job file (JSON: store,
+    run, start_step, end_step, settings) and commits a checkpoint to that store."""
+
+
+class ValidationSettings(Settings):
+    """What a checkpoint must pass before it is converted."""
+
+    max_heldout_loss: float | None = None
+    """Refuse a checkpoint whose held-out loss (nats a token) is above this."""
+
+    allow_nonfinite: bool = False
+    """Accept NaN and Inf in the weights."""
+
+
+class ExportSettings(Settings):
+    """The Hugging Face safetensors directory that is made of a checkpoint."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Cast floating-point weights to this; empty keeps them bit for bit."""
+
+    max_shard_megabytes: float = Field(default=5000.0, gt=0)
+    """Largest size of one safetensors file (10^6 bytes)."""
+
+
+class HubSettings(Settings):
+    """Where the release goes. The token comes from the environment (`HF_TOKEN`), never from here."""
+
+    repo_id: str = Field(default="local/stdlib-llama", pattern=r"^[\w.-]+/[\w.-]+$")
+    """`owner/name` on the Hub."""
+
+    endpoint: str | None = None
+    """The Hub's URL, say https://huggingface.co; empty means a local Hub server over `<store>/hub`."""
+
+    private: bool = False
+    """Create the repository as private."""
+
+    license: str | None = None
+    """The model's licence, as the Hub abbreviates it."""
+
+
+class Job(Settings):
+    """What one training job is given, as a JSON file: all that a trainer needs to know of a retrain."""
+
+    store: str
+    """URL of the store; checkpoints go to `<store>/<run>/step_NNNNNNNNNN`."""
+
+    run: Name
+    """The lineage that the checkpoints belong to."""
+
+    start_step: int = Field(ge=0)
+    """Global step at which this job begins: 0, or that of the checkpoint whose weights it starts from."""
+
+    end_step: int = Field(ge=1)
+    """Global step at which this job is complete."""
+
+    seed: int
+    """Seeds initial weights, dropout and the order of the data."""
+
+    model: ModelSettings
+    step: TrainingStep
+    compute: ComputeSettings
+
+    tokenizer: str
+    """Directory of the tokenizer's files."""
+
+    train_tokens: str
+    """Directory of the prepared training tokens."""
+
+    heldout_tokens: str
+    """Directory of the prepared evaluation tokens."""
+
+    lineage: dict[str, Any] = Field(default={})
+    """Facts to record in each manifest, such as data fingerprints and the flow run's id."""
