@@ -1,6 +1,7 @@
 """What a user can set: typed, documented, refused when unknown.
 
-The flows' forms in the Prefect UI are made from these classes. Imports neither torch nor Prefect, so that flows, tasks and training ranks can all read it.
+The flows' forms in the Prefect UI are made from these classes. Imports neither torch nor Prefect, so that
+flows, tasks and training ranks can all read it.
 """
 
 from __future__ import annotations
