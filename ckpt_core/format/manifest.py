@@ -1,0 +1,113 @@
+"""The commit record of a step: who made it, from what, how good it is, and the digest of every file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from blake3 import blake3
+
+from ckpt_core.errors import DamagedError
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+_BLOCK = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """One file of a checkpoint: its size in bytes and its digest as `algorithm:hex`."""
+
+    bytes: int
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What `manifest.json` holds. Its JSON schema is `manifest.schema.json` beside this module.
+
+    Numbers may be NaN or infinite; they are then written as Python's `json` writes them.
+    """
+
+    run: str
+    step: int
+    time: str
+    """When it was committed, ISO 8601 in UTC."""
+
+    world_size: int
+    module: str | None = None
+    """Class of the model, as `package.module.Class`."""
+
+    optimizer: str | None = None
+    """Class of the optimizer."""
+
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    metrics: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    lineage: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    files: Mapping[str, FileRecord] = field(default_factory=dict[str, FileRecord])
+    """Every file but the manifest itself, by its path inside the step's directory."""
+
+    def __post_init__(self) -> None:
+        json.dumps([self.hyperparameters, self.metrics, self.lineage])  # a TypeError here, not half way
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all files in bytes."""
+        return sum(record.bytes for record in self.files.values())
+
+    def digest(self) -> str:
+        """Return the digest of everything the manifest says; as it names every file's, of the checkpoint."""
+        return digest_bytes(json.dumps(self._document(), sort_keys=True).encode())
+
+    def to_bytes(self) -> bytes:
+        """Return the text of `manifest.json`."""
+        document = {**self._document(), "digest": self.digest()}
+        return (json.dumps(document, indent=1) + "\n").encode()
+
+    def _document(self) -> dict[str, Any]:
+        return {"format_version": FORMAT_VERSION, **asdict(self)}
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read and check the manifest of the step in `directory`.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DamagedError: it is not a manifest, or its own digest does not match.
+    """
+    path = directory / MANIFEST_NAME
+    document: dict[str, Any] = {}
+    try:
+        document = cast("dict[str, Any]", json.loads(path.read_bytes()))
+        version, stored = document.pop("format_version"), document.pop("digest")
+        files = {str(name): FileRecord(**record) for name, record in document.pop("files").items()}
+        manifest = Manifest(**document, files=files)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedError(
+            f"{path}: not a manifest ({type(error).__name__}: {error}); restore a copy or delete the step."
+        ) from None
+    if version != FORMAT_VERSION:
+        raise DamagedError(f"{path}: format_version {version!r}, this library reads {FORMAT_VERSION}; update ckptflow.")
+    if stored != manifest.digest():
+        raise DamagedError(
+            f"{path}: its content gives {manifest.digest()}, it says {stored}; restore a copy or delete the step."
+        )
+    return manifest
+
+
+def digest_bytes(data: bytes) -> str:
+    """Return the digest of `data` as `algorithm:hex`."""
+    return f"blake3:{blake3(data).hexdigest()}"
+
+
+def record_file(path: Path) -> FileRecord:
+    """Read the file at `path` once; return its size and digest."""
+    hasher, size = blake3(), 0
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(_BLOCK):
+            hasher.update(block)
+            size += len(block)
+    return FileRecord(size, f"blake3:{hasher.hexdigest()}")

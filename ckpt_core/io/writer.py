@@ -1,0 +1,170 @@
+"""How torch.distributed.checkpoint writes through this library: stock files, digested as they are written."""
+
+# torch.distributed.checkpoint is only partly annotated.
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+from blake3 import blake3
+from torch.distributed.checkpoint.filesystem import _StorageInfo  # pyright: ignore[reportPrivateUsage] - the format
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+from torch.futures import Future
+
+from ckpt_core import durable
+from ckpt_core.errors import CommitError
+from ckpt_core.format.index import METADATA_NAME, TWIN_NAME, Shape, twin_bytes
+from ckpt_core.format.manifest import FileRecord, digest_bytes
+from ckpt_core.io.metadata import to_index
+
+_BUFFER = 8 << 20
+
+
+class DigestWriter(StorageWriter):
+    """Writes a DCP directory; `records` then holds size and digest of each file that this rank wrote.
+
+    Never overwrites, flushes to the device, and refuses to finish unless every planned chunk was stored once.
+
+    Args:
+        path: an empty or missing directory, on a file system that all ranks share.
+        twin: also write the metadata as JSON, so that readers of ours need no pickle.
+    """
+
+    def __init__(self, path: str | Path, *, twin: bool = False) -> None:
+        super().__init__()
+        self.path = Path(path)
+        self.records: dict[str, FileRecord] = {}
+        self._twin = twin
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Begin a save."""
+        if checkpoint_id:
+            self.path = Path(checkpoint_id)
+        self.records = {}
+
+    def set_up_storage_writer(self, is_coordinator: bool, *_: Any, **__: Any) -> None:
+        """Nothing to set up."""
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Make the directory; leave the plan as it is."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Tell each rank the name of its file."""
+        for number, plan in enumerate(plans):
+            object.__setattr__(plan, "storage_data", f"__{number}_0.distcp")
+        return plans
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Append each item to this rank's file."""
+        name: str = plan.storage_data
+        file = _DigestFile(self.path / name)
+        try:
+            results = [_write_item(file, name, item, planner) for item in _tensors_last(plan.items)]
+            self.records[name] = file.seal()
+        finally:
+            file.close()
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(results)
+        return future
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """On the coordinator: compare what was stored with the plan, then write the metadata."""
+        stored = [result for rank in results for result in rank]
+        _check_complete(metadata, stored)
+        metadata.storage_data = {result.index: result.storage_data for result in stored}
+        metadata.storage_meta = StorageMeta()  # stock DCP would record this machine's paths here
+        metadata.version = "1.0.0"
+        if self._twin:
+            self._write(TWIN_NAME, twin_bytes(to_index(metadata)))
+        self._write(METADATA_NAME, pickle.dumps(metadata))
+
+    def _write(self, name: str, data: bytes) -> None:
+        durable.write_new(self.path / name, data)
+        self.records[name] = FileRecord(len(data), digest_bytes(data))
+
+    def storage_meta(self) -> StorageMeta:
+        """Say nothing about where the checkpoint was made."""
+        return StorageMeta()
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Whether this looks like a local path."""
+        return "://" not in str(checkpoint_id)
+
+
+def _tensors_last(items: list[WriteItem]) -> list[WriteItem]:
+    return sorted(items, key=lambda item: item.type != WriteItemType.BYTE_IO)
+
+
+def _write_item(file: _DigestFile, name: str, item: WriteItem, planner: SavePlanner) -> WriteResult:
+    offset = file.size
+    data = planner.resolve_data(item)
+    if isinstance(data, io.BytesIO):
+        file.write(data.getbuffer())
+    else:
+        torch.save(_compact(data), cast("IO[bytes]", file))
+    length = file.size - offset
+    return WriteResult(index=item.index, size_in_bytes=length, storage_data=_StorageInfo(name, offset, length))
+
+
+def _compact(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor on the CPU, row-major, with no storage around it: `torch.save` writes whole storages."""
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def _check_complete(metadata: Metadata, stored: list[WriteResult]) -> None:
+    planned: set[tuple[str, Shape | None]] = set()
+    for name, item in metadata.state_dict_metadata.items():
+        if isinstance(item, TensorStorageMetadata):
+            planned.update((name, tuple(chunk.offsets)) for chunk in item.chunks)
+        else:
+            planned.add((name, None))
+    found = [(r.index.fqn, None if r.index.offset is None else tuple(r.index.offset)) for r in stored]
+    if len(found) != len(set(found)) or set(found) != planned:
+        missing, extra = sorted(planned - set(found), key=str), sorted(set(found) - planned, key=str)
+        raise CommitError(
+            f"the ranks stored {len(found)} chunks, the plan has {len(planned)}; missing {missing[:3]}, not planned "
+            f"{extra[:3]}. Nothing was committed: check the disk and the ranks' output, then save again."
+        )
+
+
+class _DigestFile(io.RawIOBase):
+    """A new file that counts and digests what is appended to it."""
+
+    def __init__(self, path: Path) -> None:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
+        self._file = os.fdopen(handle, "wb", buffering=_BUFFER)
+        self._hasher = blake3()
+        self.size = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any, /) -> int:
+        self._file.write(data)
+        self._hasher.update(data)
+        size = memoryview(data).nbytes
+        self.size += size
+        return size
+
+    def seal(self) -> FileRecord:
+        """Flush to the device, close, and return the size and digest."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.close()
+        return FileRecord(self.size, f"blake3:{self._hasher.hexdigest()}")
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
