@@ -1,0 +1,115 @@
+"""The local Hub as an ASGI application: what the `huggingface_hub` client asks of huggingface.co.
+
+Model repositories only, large files by LFS only (no Xet), no pull requests, no `.gitignore` rules.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from ckpt_core.testing.hub_auth import Gate
+from ckpt_core.testing.hub_cards import parse_card
+from ckpt_core.testing.hub_commits import API, Commits
+from ckpt_core.testing.hub_lfs import Lfs
+from ckpt_core.testing.hub_names import Refusal
+from ckpt_core.testing.hub_reads import Reads
+from ckpt_core.testing.hub_repos import Repos
+from ckpt_core.testing.hub_requests import Observed, OnRequest, RawPaths, answering, json_object, refuse, repo_id, text
+
+USER = "local"  # the namespace of repositories that are created without one
+
+
+def create_app(
+    directory: Path,
+    *,
+    token: str | None = None,
+    read_only_token: str | None = None,
+    on_request: OnRequest | None = None,
+    part_size: int = 5 * 10**9,
+    page_size: int = 1000,
+) -> Starlette:
+    """Build the application over the repositories in `directory`, which is created where it is missing."""
+    repos, gate = Repos(directory), Gate(token, read_only_token)
+    accounts = _Accounts(repos, gate)
+    routes = [
+        *accounts.routes(),
+        *Lfs(repos, gate, part_size).routes(),
+        *Commits(repos, gate).routes(),
+        *Reads(repos, gate, page_size).routes(),
+    ]
+    # A page in a browser could otherwise reach this server through a name that resolves to loopback.
+    middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"]), Middleware(RawPaths)]
+    if on_request is not None:
+        middleware.insert(0, Middleware(Observed, on_request=on_request))
+    return Starlette(routes=routes, middleware=middleware, exception_handlers={Refusal: refuse})
+
+
+class _Accounts:
+    """Who is asking, and which repositories there are."""
+
+    def __init__(self, repos: Repos, gate: Gate) -> None:
+        self._repos = repos
+        self._gate = gate
+
+    def routes(self) -> Sequence[Route]:
+        return [
+            Route("/api/whoami-v2", answering(self.whoami), methods=["GET"]),
+            Route("/api/validate-yaml", answering(self.validate_yaml), methods=["POST"]),
+            Route("/api/repos/create", answering(self.create), methods=["POST"]),
+            Route("/api/repos/delete", answering(self.delete), methods=["DELETE"]),
+            Route(API + "/settings", answering(self.settings), methods=["PUT"]),
+        ]
+
+    def whoami(self, request: Request, _: bytes) -> Response:
+        role = "write" if self._gate.check_known(request) == "writer" else "read"
+        auth = {"type": "access_token", "accessToken": {"displayName": USER, "role": role}}
+        return JSONResponse({"type": "user", "id": USER, "name": USER, "fullname": USER, "orgs": [], "auth": auth})
+
+    def validate_yaml(self, _: Request, body: bytes) -> Response:
+        try:
+            metadata = parse_card(text(json_object(body), "content"))
+        except ValueError as problem:
+            return JSONResponse({"errors": [{"message": str(problem)}], "warnings": []}, 400)
+        warnings = [] if metadata else [{"message": "empty or missing yaml metadata in repo card"}]
+        return JSONResponse({"errors": [], "warnings": warnings})
+
+    def create(self, request: Request, body: bytes) -> Response:
+        self._gate.check_write(request)
+        data = json_object(body)
+        target = _named_repo(data)
+        answer = {"url": f"{request.base_url}{target}", "name": target, "id": target}
+        private = data.get("visibility", "public") != "public"
+        try:
+            self._repos.create(target, private=private)
+        except Refusal as refusal:
+            if refusal.status != 409:  # noqa: PLR2004  the client reads the address from a 409 as well
+                raise
+            return JSONResponse({"error": refusal.message, **answer}, 409)
+        return JSONResponse(answer)
+
+    def delete(self, request: Request, body: bytes) -> Response:
+        self._gate.check_write(request)
+        self._repos.delete(_named_repo(json_object(body)))
+        return JSONResponse({})
+
+    def settings(self, request: Request, body: bytes) -> Response:
+        self._gate.check_write(request)
+        repo = self._repos.get(repo_id(request))
+        data = json_object(body)
+        if data.get("gated"):
+            raise Refusal(400, "This server has no gated repositories")
+        if "visibility" in data:
+            repo.set_private(data["visibility"] != "public")
+        return JSONResponse(repo.settings)
+
+
+def _named_repo(data: dict[str, object]) -> str:
+    if data.get("type") not in (None, "model"):
+        raise Refusal(400, "This server keeps model repositories only")
+    return f"{data.get('organization') or USER}/{text(data, 'name')}"

@@ -1,0 +1,63 @@
+"""Model repositories on disk: commits, branches, tags and content-addressed blobs.
+
+    DIR/<namespace>/<name>/
+      repo.json             private or not, when it was created
+      refs.json             branches and tags, each a commit id
+      commits/<id>.json     parent, title, message, date, and every file of the commit
+      objects/<sha256>      the bytes of a file, once each
+      parts/                uploads that are not complete yet
+    DIR/.locks/             one lock a repository, for threads and processes alike
+
+Paths in a repository are never paths on disk, and every name that is one was matched against a pattern first.
+"""
+
+import tempfile
+from pathlib import Path
+
+from ckpt_core.testing import hub_names
+from ckpt_core.testing.hub_files import sync_directory
+from ckpt_core.testing.hub_names import Refusal
+from ckpt_core.testing.hub_repo import Repo
+
+
+class Repos:
+    """All repositories of one directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        (directory / ".locks").mkdir(parents=True, exist_ok=True)
+
+    def get(self, repo_id: str) -> Repo:
+        """Open a repository; a missing one is refused with 404."""
+        repo = Repo(self._place(repo_id), repo_id, self._lock_file(repo_id))
+        repo.require()
+        return repo
+
+    def create(self, repo_id: str, *, private: bool) -> Repo:
+        """Create a repository with an initial commit; an existing one is refused with 409."""
+        place = self._place(repo_id)
+        repo = Repo(place, repo_id, self._lock_file(repo_id))
+        with repo.locked():
+            if (place / "repo.json").exists():
+                raise Refusal(409, "You already created this model repo")
+            place.parent.mkdir(exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self.directory, prefix=".new-") as scratch:
+                new = Path(scratch) / "repo"
+                Repo.initialise(new, repo_id, self._lock_file(repo_id), private=private)
+                new.rename(place)
+            sync_directory(place.parent)
+        return repo
+
+    def delete(self, repo_id: str) -> None:
+        """Delete a repository; it is gone whole at once."""
+        repo = self.get(repo_id)
+        with repo.locked(), tempfile.TemporaryDirectory(dir=self.directory, prefix=".trash-") as scratch:
+            repo.require()
+            repo.path.rename(Path(scratch) / "repo")
+
+    def _place(self, repo_id: str) -> Path:
+        namespace, name = hub_names.check_repo_id(repo_id)
+        return self.directory / namespace / name
+
+    def _lock_file(self, repo_id: str) -> Path:
+        return self.directory / ".locks" / repo_id.replace("/", "--")  # a name cannot hold '--'
