@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.distributed.checkpoint.state_dict import (
@@ -67,7 +67,7 @@ class OptimizerState(Stateful):
             # torch made the state by a step with zero gradients; neither the live optimizer nor the step counts of
             # what is saved may tell of a step that was not taken.
             self.optimizer.state.clear()
-            for state in optim["state"].values():
+            for state in cast("dict[str, dict[str, Any]]", optim["state"]).values():
                 if isinstance(state.get("step"), torch.Tensor):
                     state["step"].zero_()
         state_dict: dict[str, Any] = {"optim": optim}

@@ -4,6 +4,9 @@
 Python, so that nothing here needs pickle.
 """
 
+# safetensors, numpy's generators and torch are only partly annotated.
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import json

@@ -108,10 +108,10 @@ def twin_bytes(index: Index) -> bytes:
                 "shape": entry.shape,
                 "chunks": [[c.offsets, c.sizes, c.span.file, c.span.offset, c.span.length] for c in entry.chunks],
             }
-            for name, entry in sorted(index.tensors.items())
+            for name, entry in index.tensors.items()
         },
-        "values": {name: [span.file, span.offset, span.length] for name, span in sorted(index.values.items())},
-        "paths": dict(sorted(index.paths.items())),
+        "values": {name: [span.file, span.offset, span.length] for name, span in index.values.items()},
+        "paths": index.paths,
     }
     return (json.dumps(document, separators=(",", ":")) + "\n").encode()
 

@@ -1,0 +1,448 @@
+"""`PyTorchCheckpoint`: flytekit's class, with a checkpoint's state in a store and its JSON a small reference."""
+
+# dataclasses-json, marshmallow and torch are only partly annotated.
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import NoneType
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
+
+from dataclasses_json import DataClassJsonMixin
+from dataclasses_json.core import _ExtendedEncoder  # pyright: ignore[reportPrivateUsage] - what its to_json uses
+
+from ckpt_core.errors import ArgumentError, CheckpointError, MismatchError
+from ckpt_core.format.index import Index, read_index
+from ckpt_core.format.manifest import FileRecord, Manifest
+from ckpt_core.store import Checkpoint, open_checkpoint, open_store
+
+if TYPE_CHECKING:
+    import torch
+
+MODULE_KEY = "module_state_dict"
+OPTIMIZER_KEY = "optimizer_state_dict"
+
+
+@dataclass
+class PyTorchCheckpoint(DataClassJsonMixin):
+    """A model's module, its hyperparameters and its optimizer, in memory or in a store.
+
+    `save` commits it. Its JSON is then a reference of a few KB; the checkpoint that `from_json` makes of that loads
+    on demand, on any machine that reaches the store: `restore` fills live objects, and `checkpoint[key]` reads
+    `module_state_dict`, `optimizer_state_dict` and each hyperparameter by its name.
+
+    Args:
+        module: the model.
+        hyperparameters: a dict, a NamedTuple or a dataclass instance.
+        optimizer: the optimizer; one that is saved without a module keeps its parameters' numbers for names.
+
+    Raises:
+        ArgumentError (a TypeError and ValueError): none of the three is given, the hyperparameters are of another
+            type, or one of them has the name of a state.
+    """
+
+    module: torch.nn.Module | None = None
+    hyperparameters: dict[str, Any] | NamedTuple | Any | None = None
+    optimizer: torch.optim.Optimizer | None = None
+    _reference: Reference | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        values = _as_dict(self.hyperparameters)
+        if self.module is None and self.optimizer is None and not values:
+            raise ArgumentError("PyTorchCheckpoint(): empty; give at least one of module, hyperparameters, optimizer.")
+        taken = {MODULE_KEY, OPTIMIZER_KEY} & set(values)
+        if taken:
+            raise ArgumentError(f"hyperparameters: {min(taken)!r} names a state of the checkpoint; rename it.")
+
+    @property
+    def url(self) -> str | None:
+        """Where its state lies in a store; None for one that was never saved."""
+        return self._reference.url if self._reference else None
+
+    @property
+    def step(self) -> int | None:
+        """The step that it was saved as; None for one that was never saved."""
+        return self._reference.step if self._reference else None
+
+    @classmethod
+    def from_url(cls, url: str | Path) -> PyTorchCheckpoint:
+        """Return the committed step at `url`, to be loaded on demand.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        checkpoint = open_checkpoint(url)
+        return cls._referring(_refer(checkpoint), dict(checkpoint.manifest.hyperparameters) or None)
+
+    def save(
+        self,
+        url: str | Path,
+        *,
+        step: int,
+        run: str = "default",
+        scheduler: Any | None = None,
+        trainer: Mapping[str, Any] | None = None,
+        assets: str | Path | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        lineage: Mapping[str, Any] | None = None,
+    ) -> PyTorchCheckpoint:
+        """Commit it to a store as one step: all of it, or nothing. Collective.
+
+        Args:
+            url: the store; the step is committed as `<url>/<run>/step_NNNNNNNNNN`.
+            step: its number, which no other step of the run may have.
+            run: the lineage that the step belongs to.
+            scheduler: saved with the optimizer.
+            trainer: counters of the training run, as JSON; each rank's random number generators go with them.
+            assets: a directory whose files (tokenizer) go along; a transformers model adds its configs.
+            metrics: how good it is, as JSON.
+            lineage: what it was made from, as JSON.
+
+        Returns:
+            The checkpoint that knows its `url`.
+
+        Raises:
+            StepExistsError (a FileExistsError): the run has that step; nothing was written.
+            CommitError: not committed, or not surely; the message says which.
+        """
+        from ckpt_core import commit
+
+        parts = commit.Parts(self.module, self.optimizer, scheduler, trainer, Path(assets) if assets else None)
+        if parts.module is None and parts.optimizer is None and self._reference is not None:
+            raise ArgumentError(f"{self.url}: saved already, and nothing of it is in memory; restore it first.")
+
+        def manifest(files: Mapping[str, FileRecord], world_size: int) -> Manifest:
+            return Manifest(
+                run=run,
+                step=step,
+                time=datetime.now(UTC).isoformat(timespec="seconds"),
+                world_size=world_size,
+                module=_class_name(self.module),
+                optimizer=_class_name(self.optimizer),
+                hyperparameters=_plain(_as_dict(self.hyperparameters), "hyperparameters"),
+                metrics=_plain(dict(metrics or {}), "metrics"),
+                lineage=_plain(dict(lineage or {}), "lineage"),
+                files=files,
+            )
+
+        manifest({}, 1)  # what cannot be JSON is told before anything is written
+        saved = PyTorchCheckpoint(self.module, self.hyperparameters, self.optimizer)
+        saved._reference = _refer(commit.commit(open_store(url), run, step, parts, manifest))
+        return saved
+
+    def restore(
+        self,
+        module: torch.nn.Module | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        scheduler: Any | None = None,
+        rng: bool = False,
+    ) -> dict[str, Any]:
+        """Fill live objects with the saved state, at any number of ranks. Collective.
+
+        Args:
+            module: filled in place.
+            optimizer: filled in place; needs `module`, whose parameters it must update.
+            scheduler: filled in place, with the optimizer.
+            rng: also set this rank's random number generators.
+
+        Returns:
+            The trainer's counters; empty if none were saved.
+
+        Raises:
+            MismatchError (a ValueError): the state does not fit the objects.
+            CheckpointError: there is no such state, or it is damaged or hostile.
+        """
+        from ckpt_core import native_checkpoint, ranks, trainer
+
+        if optimizer is not None and module is None:
+            raise ArgumentError("restore: an optimizer's state goes by its module's names; give the module too.")
+        checkpoint = self._stored()
+        with checkpoint.lease():
+            if module is not None:
+                native_checkpoint.load_model(module, self._component(checkpoint, "model"))
+            if module is not None and optimizer is not None:
+                state = native_checkpoint.OptimizerState(module, optimizer, scheduler)
+                native_checkpoint.load_optimizer(state, self._component(checkpoint, "optimizer"))
+            directory = checkpoint.component("trainer")
+            if directory is None:
+                return {}
+            if rng:
+                trainer.restore_generators(directory, ranks.rank())
+            return trainer.load(directory)
+
+    def __getitem__(self, key: str) -> Any:
+        if key == MODULE_KEY:
+            return self._state("module", "model")
+        if key == OPTIMIZER_KEY:
+            return self._state("optimizer", "optimizer")
+        values = _as_dict(self.hyperparameters)
+        if key not in values:
+            raise KeyError(f"{key!r} is not in this checkpoint; it has {', '.join(self.keys())}.")
+        return values[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.keys()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def keys(self) -> list[str]:
+        """Return the keys that `checkpoint[key]` takes."""
+        has_module = self.module is not None or bool(self._reference and self._reference.module)
+        has_optimizer = self.optimizer is not None or bool(self._reference and self._reference.optimizer)
+        states = [MODULE_KEY] * has_module + [OPTIMIZER_KEY] * has_optimizer
+        return [*states, *_as_dict(self.hyperparameters)]
+
+    def to_dict(self, encode_json: bool = False) -> dict[str, Any]:  # noqa: ARG002 - a published signature
+        """Return the reference that the JSON holds: JSON types only, whatever `encode_json`.
+
+        Raises:
+            ArgumentError (a ValueError): it has a module or optimizer and was never saved.
+        """
+        return self._document()
+
+    def to_json(
+        self,
+        *,
+        skipkeys: bool = False,
+        ensure_ascii: bool = True,
+        check_circular: bool = True,
+        allow_nan: bool = True,
+        indent: int | str | None = None,
+        separators: tuple[str, str] | None = None,
+        default: Callable[..., Any] | None = None,
+        sort_keys: bool = False,
+        **kw: Any,
+    ) -> str:
+        """Return the reference as JSON text; the arguments are those of `json.dumps`.
+
+        Raises:
+            ArgumentError (a ValueError): it has a module or optimizer and was never saved.
+        """
+        return json.dumps(
+            self._document(default=default, skipkeys=skipkeys),
+            ensure_ascii=ensure_ascii,
+            check_circular=check_circular,
+            allow_nan=allow_nan,
+            indent=indent,
+            separators=separators,
+            sort_keys=sort_keys,
+            **kw,
+        )
+
+    @classmethod
+    def from_dict(cls, kvs: Any, *, infer_missing: bool = False) -> PyTorchCheckpoint:  # noqa: ARG003 - a published signature
+        """Return the checkpoint that a reference names, to be loaded on demand; unknown keys are ignored.
+
+        Raises:
+            ArgumentError (a ValueError): it is not a reference.
+        """
+        if not isinstance(kvs, Mapping):
+            raise ArgumentError(f"expected the JSON object of a PyTorchCheckpoint, found a {type(kvs).__name__}.")
+        document = cast("Mapping[str, Any]", kvs)
+        hyperparameters = document.get("hyperparameters")
+        if not (hyperparameters is None or isinstance(hyperparameters, Mapping)):
+            raise ArgumentError(f"hyperparameters: expected an object, found a {type(hyperparameters).__name__}.")
+        values = None if hyperparameters is None else dict(cast("Mapping[str, Any]", hyperparameters))
+        if document.get("url") is None:
+            return cls(hyperparameters=values)
+        return cls._referring(Reference.parse(document), values)
+
+    @classmethod
+    def from_json(
+        cls,
+        s: str | bytes | bytearray,
+        *,
+        parse_float: Callable[[str], Any] | None = None,
+        parse_int: Callable[[str], Any] | None = None,
+        parse_constant: Callable[[str], Any] | None = None,
+        infer_missing: bool = False,
+        **kw: Any,
+    ) -> PyTorchCheckpoint:
+        """Return the checkpoint that JSON text names; the other arguments are those of `json.loads`.
+
+        Raises:
+            ValueError: it is not JSON, or not a reference.
+        """
+        document = json.loads(s, parse_float=parse_float, parse_int=parse_int, parse_constant=parse_constant, **kw)
+        return cls.from_dict(document, infer_missing=infer_missing)
+
+    @classmethod
+    def schema(
+        cls,
+        *,
+        infer_missing: bool = False,
+        only: Any = None,
+        exclude: Any = (),
+        many: bool = False,
+        context: Any = None,
+        load_only: Any = (),
+        dump_only: Any = (),
+        partial: bool = False,
+        unknown: Any = None,
+    ) -> Any:
+        """Return a marshmallow schema: `loads` is `from_json`, `dumps` is `to_json`; for lists too, with `many`."""
+        from ckpt_core.checkpoint_schema import make_schema
+
+        schema = make_schema(cls, infer_missing=infer_missing)(
+            only=only,
+            exclude=exclude,
+            many=many,
+            load_only=load_only,
+            dump_only=dump_only,
+            partial=partial,
+            unknown=unknown or "exclude",
+        )
+        if context is not None:
+            schema.context = context  # passed to the constructor, marshmallow 3 warns
+        return schema
+
+    @classmethod
+    def _referring(cls, reference: Reference, hyperparameters: dict[str, Any] | None) -> PyTorchCheckpoint:
+        """Make a checkpoint that has nothing in memory but hyperparameters."""
+        checkpoint = object.__new__(cls)
+        checkpoint.module, checkpoint.optimizer = None, None
+        checkpoint.hyperparameters, checkpoint._reference = hyperparameters, reference
+        return checkpoint
+
+    def _document(self, *, default: Callable[..., Any] | None = None, skipkeys: bool = False) -> dict[str, Any]:
+        if self._reference is None and not (self.module is None and self.optimizer is None):
+            raise ArgumentError(
+                "PyTorchCheckpoint: its JSON refers to a saved state, and this one was never saved; call "
+                ".save(store_url, step=...) and use the checkpoint that it returns."
+            )
+        values = None if self.hyperparameters is None else _as_dict(self.hyperparameters)
+        reference = asdict(self._reference) if self._reference else Reference.EMPTY
+        return {"hyperparameters": _plain(values, "hyperparameters", default, skipkeys=skipkeys), **reference}
+
+    def _stored(self) -> Checkpoint:
+        if self._reference is None:
+            raise CheckpointError("PyTorchCheckpoint: never saved, so there is nothing to load; call .save first.")
+        return open_checkpoint(self._reference.url)
+
+    def _component(self, checkpoint: Checkpoint, name: str) -> Path:
+        path = checkpoint.component(name)
+        if path is None:
+            raise MismatchError(f"{checkpoint.path}: has no {name}; it was saved without one.")
+        return path
+
+    def _state(self, attribute: str, component: str) -> Any:
+        """Return a state dict: of the live object, or else of the store's."""
+        live = getattr(self, attribute)
+        if live is not None:
+            return live.state_dict()
+        if self._reference is None or getattr(self._reference, attribute) is None:
+            raise KeyError(f"{attribute}_state_dict: this checkpoint has no {attribute}.")
+        from ckpt_core import state_dicts
+
+        checkpoint = self._stored()
+        with checkpoint.lease():
+            return state_dicts.read(self._component(checkpoint, component), component)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Where a checkpoint's state lies, and what it is, in JSON types."""
+
+    url: str
+    run: str
+    step: int
+    digest: str
+    """The manifest's digest, which covers every file's."""
+
+    module: dict[str, Any] | None
+    """`class`, and of its tensors `count`, `elements`, `bytes` and elements by `dtypes`."""
+
+    optimizer: dict[str, Any] | None
+    """`class`."""
+
+    EMPTY: ClassVar[dict[str, Any]] = dict.fromkeys(("url", "run", "step", "digest", "module", "optimizer"))
+
+    @classmethod
+    def parse(cls, document: Mapping[str, Any]) -> Reference:
+        """Read it from a checkpoint's JSON object.
+
+        Raises:
+            ArgumentError (a ValueError): something is missing or of another type.
+        """
+        expected = {"url": str, "run": str, "step": int, "digest": str}
+        for name, kind in expected.items():
+            if not isinstance(document.get(name), kind):
+                raise ArgumentError(f"{name}: expected {kind.__name__}, found {document.get(name)!r}; not a reference.")
+        for name in ("module", "optimizer"):
+            if not isinstance(document.get(name), (dict, NoneType)):
+                raise ArgumentError(f"{name}: expected an object or null, found {document.get(name)!r}.")
+        fields: dict[str, Any] = {name: document.get(name) for name in cls.EMPTY}
+        return cls(**fields)
+
+
+def _refer(checkpoint: Checkpoint) -> Reference:
+    manifest = checkpoint.manifest
+    model = checkpoint.component("model")
+    return Reference(
+        url=checkpoint.url,
+        run=manifest.run,
+        step=manifest.step,
+        digest=manifest.digest(),
+        module=None if model is None else {"class": manifest.module, "tensors": _summarize(read_index(model))},
+        optimizer=None if checkpoint.component("optimizer") is None else {"class": manifest.optimizer},
+    )
+
+
+def _summarize(index: Index) -> dict[str, Any]:
+    dtypes: dict[str, int] = {}
+    for entry in index.tensors.values():
+        dtypes[entry.dtype] = dtypes.get(entry.dtype, 0) + math.prod(entry.shape)
+    return {
+        "count": len(index.tensors),
+        "elements": sum(dtypes.values()),
+        "bytes": index.nbytes,
+        "dtypes": dict(sorted(dtypes.items())),
+    }
+
+
+def _class_name(instance: object) -> str | None:
+    return None if instance is None else f"{type(instance).__module__}.{type(instance).__qualname__}"
+
+
+def _as_dict(hyperparameters: Any) -> dict[str, Any]:
+    """Return hyperparameters as a dict, or raise: they are a dict, a NamedTuple or a dataclass instance."""
+    if hyperparameters is None:
+        return {}
+    if isinstance(hyperparameters, dict):
+        return cast("dict[str, Any]", hyperparameters)
+    if isinstance(hyperparameters, tuple) and hasattr(hyperparameters, "_fields"):
+        return cast("Any", hyperparameters)._asdict()
+    if is_dataclass(hyperparameters) and not isinstance(hyperparameters, type):
+        return asdict(hyperparameters)
+    raise ArgumentError(
+        f"hyperparameters: expected a dict, a NamedTuple or a dataclass instance, found {type(hyperparameters)!r}."
+    )
+
+
+class _Encoder(_ExtendedEncoder):
+    """dataclasses-json's own, and besides it dataclasses in a dict and numpy's numbers."""
+
+    def default(self, o: Any) -> Any:
+        if type(o).__module__ == "numpy" and hasattr(o, "tolist"):
+            return o.tolist()
+        if is_dataclass(o) and not isinstance(o, type):
+            return asdict(o)
+        return super().default(o)
+
+
+def _plain(value: Any, what: str, default: Callable[..., Any] | None = None, *, skipkeys: bool = False) -> Any:
+    """Return `value` in JSON types only."""
+    try:
+        return json.loads(json.dumps(value, cls=_Encoder, default=default, skipkeys=skipkeys))
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(
+            f"{what}: {error}; give numbers, text, lists and dicts, or `default=` to to_json."
+        ) from None

@@ -1,0 +1,102 @@
+"""What an export needs beside weights: the model's configs and the tokenizer's files."""
+
+# transformers is only partly annotated.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+import copy
+import json
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from ckpt_core import durable
+from ckpt_core.errors import DamagedError, MismatchError, NotACheckpointError, UntrustedError
+
+CONFIG_NAME = "config.json"
+GENERATION_CONFIG_NAME = "generation_config.json"
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".safetensors.index.json", ".distcp")
+
+
+@dataclass(frozen=True)
+class Assets:
+    """A model's config, and the other files of an export by name; weights are not among them."""
+
+    config: Mapping[str, Any]
+    files: Mapping[str, bytes]
+
+
+def read_assets(directory: Path, *, trust_remote_code: bool = False) -> Assets:
+    """Read the assets in `directory`: of a checkpoint, or of any Hugging Face directory.
+
+    Raises:
+        NotACheckpointError: there is no config.
+        DamagedError: the config is not readable.
+        UntrustedError: the model brings code along.
+    """
+    path = directory / CONFIG_NAME
+    if not path.is_file():
+        raise NotACheckpointError(
+            f"{directory}: no {CONFIG_NAME}, so the architecture is not known; name a config with --model."
+        )
+    config = _parse_config(path)
+    files = {
+        name: file.read_bytes()
+        for name, file in durable.files_below(directory)
+        if name != CONFIG_NAME and "/" not in name and not name.endswith(_WEIGHT_SUFFIXES)
+    }
+    code = [name for name in files if name.endswith(".py")] or ["auto_map"] * ("auto_map" in config)
+    if code and not trust_remote_code:
+        raise UntrustedError(
+            f"{directory}: brings Python code along ({code[0]}), which loading the export would run; pass "
+            "trust_remote_code if you trust its author."
+        )
+    return Assets(config, files)
+
+
+def fetch_assets(model: str, tokenizer: str) -> Assets:
+    """Get the config of `model` and the tokenizer of `tokenizer`: local paths or Hub ids. Runs no code of theirs.
+
+    Raises:
+        NotACheckpointError: one of them is not there.
+    """
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    with tempfile.TemporaryDirectory() as temporary:
+        try:
+            AutoConfig.from_pretrained(model).save_pretrained(temporary)
+            AutoTokenizer.from_pretrained(tokenizer).save_pretrained(temporary)
+        except (OSError, ValueError) as error:
+            raise NotACheckpointError(f"config {model!r}, tokenizer {tokenizer!r}: {error}") from None
+        with suppress(OSError):  # not every model generates
+            GenerationConfig.from_pretrained(model).save_pretrained(temporary)
+        return read_assets(Path(temporary))
+
+
+def write_configs(module: Any, directory: Path) -> None:
+    """Write the configs of a live transformers model, naming its class and dtype as `save_pretrained` does."""
+    config = copy.deepcopy(module.config)
+    config.architectures = [architecture_name(module)]
+    config.dtype = str(module.dtype).removeprefix("torch.")
+    config.save_pretrained(directory)
+    if module.can_generate():
+        module.generation_config.save_pretrained(directory)
+
+
+def architecture_name(module: Any) -> str:
+    """Return the name of a model's class; FSDP2 puts a class of its own in front."""
+    return type(module).__name__.removeprefix("FSDP")
+
+
+def _parse_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DamagedError(f"{path}: not JSON ({error}); restore a copy.") from None
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise MismatchError(f"{path}: names no model_type; expected the config of a transformers model.")
+    return cast("dict[str, Any]", config)
