@@ -1,0 +1,139 @@
+"""One Hub endpoint: where it is, which token goes there, and how long to wait for it."""
+
+import ipaddress
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Self
+from urllib.parse import urlsplit
+
+from ckpt_core.errors import ArgumentError, HubAuthError, HubError
+
+if TYPE_CHECKING:
+    from httpx2 import Client, Request
+    from huggingface_hub import HfApi
+
+# Seconds without a single byte; a large upload may take hours as long as it moves.
+CONNECT_SECONDS = 10.0
+IDLE_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class Connection:
+    """An endpoint and the token that may be sent to it (`False`: none at all, not even one stored on the machine)."""
+
+    endpoint: str
+    token: str | bool = field(repr=False)
+
+    @classmethod
+    def open(cls, endpoint: str | None, token: str | None, *, write: bool = False) -> Self:
+        """Choose endpoint and token: the arguments, else `HF_ENDPOINT` and `HF_TOKEN` or a stored login.
+
+        Raises ArgumentError for an address that is none; HubAuthError where a token would travel in the clear, or where
+        writing would need one and there is none; HubError where a loopback server would be spoken to in Xet.
+        """
+        from huggingface_hub import constants, get_token
+
+        address = check_endpoint(endpoint or constants.ENDPOINT)
+        token = token or get_token()
+        local = is_loopback(address)
+        if token and not local and urlsplit(address).scheme != "https":
+            raise HubAuthError(f"{address}: a token is sent over https or to this machine only; use an https address")
+        if write and not token and not local:
+            raise HubAuthError(
+                f"{address}: no token found; set HF_TOKEN to one with write access, or run hf auth login"
+            )
+        if write and local:
+            _check_no_xet(address)
+        _install_deadline()
+        return cls(endpoint=address, token=token or False)
+
+    @cached_property
+    def api(self) -> "HfApi":
+        """The client, bound to this endpoint and token."""
+        from huggingface_hub import HfApi
+
+        return HfApi(endpoint=self.endpoint, token=self.token)
+
+    def hide_token(self, text: str) -> str:
+        """Return the text without the token."""
+        return text.replace(self.token, "<token>") if isinstance(self.token, str) else text
+
+
+def child_environment(endpoint: str) -> dict[str, str]:
+    """Return what to add to the environment of a child process that speaks to `endpoint`.
+
+    The client reads these once, at its import. Xet is switched off for a server on this machine, which has LFS alone,
+    and never for another one.
+    """
+    address = check_endpoint(endpoint)
+    return {"HF_ENDPOINT": address, **({"HF_HUB_DISABLE_XET": "1"} if is_loopback(address) else {})}
+
+
+def check_endpoint(endpoint: str) -> str:
+    """Return the address without a trailing slash; raises ArgumentError for one that is no http(s) address."""
+    address = endpoint.rstrip("/")
+    try:
+        parts = urlsplit(address)
+        known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        known = False
+        parts = urlsplit("")
+    if not known:
+        raise ArgumentError(f"{endpoint!r} is not the address of a Hub; write it like https://huggingface.co")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise ArgumentError("the address of a Hub has no user, password, query or fragment; set HF_TOKEN instead")
+    return address
+
+
+def is_loopback(endpoint: str) -> bool:
+    """Whether an address is on this machine."""
+    host = urlsplit(endpoint).hostname or ""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _check_no_xet(endpoint: str) -> None:
+    from huggingface_hub.utils._runtime import is_xet_available
+
+    if is_xet_available():
+        raise HubError(
+            f"{endpoint}: a server on this machine takes LFS uploads, and huggingface_hub was imported with Xet on; set"
+            " HF_HUB_DISABLE_XET=1 before Python starts (ckpt_core.hub.child_environment gives what a child needs)"
+        )
+
+
+def _install_deadline() -> None:
+    """Have every request of this process's client end when nothing comes for a while; it waits for ever by default."""
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils import _http  # pyright: ignore[reportPrivateUsage] the factory has a setter, no getter
+
+    present = _http._GLOBAL_CLIENT_FACTORY  # pyright: ignore[reportPrivateUsage]
+    if not isinstance(present, _DeadlineFactory):
+        set_client_factory(_DeadlineFactory(present))
+
+
+class _DeadlineFactory:
+    """Makes the clients that another factory makes (a user's own may set a proxy), each with a deadline.
+
+    The deadline is a hook on each request, because many calls pass `timeout=None`, which outdoes a client's default.
+    """
+
+    def __init__(self, make_client: "Callable[[], Client]") -> None:
+        self._make_client = make_client
+
+    def __call__(self) -> "Client":
+        client = self._make_client()
+        hooks = client.event_hooks
+        client.event_hooks = {**hooks, "request": [*hooks.get("request", []), _set_deadline]}
+        return client
+
+
+def _set_deadline(request: "Request") -> None:
+    limits = {"connect": CONNECT_SECONDS, "read": IDLE_SECONDS, "write": IDLE_SECONDS, "pool": IDLE_SECONDS}
+    asked = {name: value for name, value in request.extensions.get("timeout", {}).items() if value is not None}
+    request.extensions["timeout"] = {**limits, **asked}

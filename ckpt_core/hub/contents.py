@@ -1,0 +1,102 @@
+"""What a release holds: the files of an export, checked against its `export.json`, and the card."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, cast
+
+from ckpt_core.errors import ArgumentError, DamagedError
+
+MANIFEST = "export.json"
+CARD = "README.md"
+_FORMAT_VERSION = 1
+_SMALL_BYTES = 2**20
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Content:
+    """One file of a release: where its bytes are, how many, and their sha256 in hex."""
+
+    source: Path | bytes
+    size: int
+    sha256: str
+
+    def git_id(self) -> str:
+        """Return the id that git gives a file of this content; reads it whole."""
+        data = self.source if isinstance(self.source, bytes) else self.source.read_bytes()
+        return hashlib.sha1(b"blob %d\0%s" % (len(data), data), usedforsecurity=False).hexdigest()
+
+
+def read_contents(export: Path, card: str | None, default_card: str) -> dict[str, Content]:
+    """Return every file of the release by its path.
+
+    Names, sizes and the digests of small files are compared with `export.json`. Large files are not read: what the
+    Hub then holds is compared with the digests made when they were written. Raises ArgumentError without a directory
+    or with two cards; DamagedError where the directory and `export.json` do not agree.
+    """
+    if not export.is_dir():
+        raise ArgumentError(f"{export} is not a directory; publish takes what ckpt convert wrote")
+    manifest = _in_memory(_read(export / MANIFEST))
+    contents = _listed(export, cast("bytes", manifest.source))
+    _check_directory(export, contents)
+    contents[MANIFEST] = manifest
+    if card is not None and CARD in contents:
+        raise ArgumentError(f"{export} has a {CARD} of its own; publish it without another card")
+    if CARD not in contents:
+        contents[CARD] = _in_memory((card if card is not None else default_card).encode())
+    return contents
+
+
+def _in_memory(data: bytes) -> Content:
+    return Content(source=data, size=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise DamagedError(f"{path} is missing, so this is no complete export; convert again") from None
+
+
+def _listed(export: Path, manifest: bytes) -> dict[str, Content]:
+    where = export / MANIFEST
+    try:
+        data: Any = json.loads(manifest)
+        version, files = data["format_version"], cast("Mapping[str, Mapping[str, Any]]", data["files"])
+        if version != _FORMAT_VERSION:
+            raise DamagedError(
+                f"{where}: format_version is {version}, expected {_FORMAT_VERSION}; use a newer ckptflow"
+            )
+        return {name: _content(export, name, entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+    except (ValueError, LookupError, TypeError, AttributeError) as problem:
+        if isinstance(problem, DamagedError):
+            raise
+        raise DamagedError(f"{where} is damaged ({type(problem).__name__}: {problem}); convert again") from None
+
+
+def _content(export: Path, name: str, size: object, sha256: object) -> Content:
+    plain = PurePosixPath(name)
+    if plain.is_absolute() or ".." in plain.parts or str(plain) != name or name in (".", MANIFEST):
+        raise DamagedError(f"{export / MANIFEST}: {name!r} is not the name of a file in the export; convert again")
+    if not isinstance(size, int) or not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
+        raise DamagedError(f"{export / MANIFEST}: {name} has no size or sha256; convert again")
+    return Content(source=export / name, size=size, sha256=sha256)
+
+
+def _check_directory(export: Path, listed: Mapping[str, Content]) -> None:
+    there = {path.relative_to(export).as_posix(): path for path in export.rglob("*") if not path.is_dir()}
+    there.pop(MANIFEST)
+    if missing := sorted(listed.keys() - there.keys()):
+        raise DamagedError(f"{export}: {missing[0]} is in {MANIFEST} but not there; convert again")
+    if extra := sorted(there.keys() - listed.keys()):
+        raise DamagedError(f"{export}: {extra[0]} is there but not in {MANIFEST}; remove it, or convert again")
+    for name, content in listed.items():
+        size = there[name].stat().st_size
+        if size != content.size:
+            raise DamagedError(f"{export}: {name} has {size} bytes, {MANIFEST} says {content.size}; convert again")
+        if content.size <= _SMALL_BYTES and _in_memory(there[name].read_bytes()).sha256 != content.sha256:
+            raise DamagedError(f"{export}: {name} was changed after {MANIFEST} was written; convert again")
