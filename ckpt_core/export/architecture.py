@@ -50,7 +50,7 @@ def find_architecture(config: Mapping[str, Any], index: Index) -> Architecture:
     """
     named = config.get("architectures") or []
     if named:
-        return _describe(_named_class(str(named[0])), config)
+        return _describe(named_class(str(named[0])), config)
     tried: list[str] = []
     for auto in _AUTO_CLASSES:
         cls = _auto_class(auto, config)
@@ -73,7 +73,12 @@ def _fits(architecture: Architecture, index: Index) -> bool:
     )
 
 
-def _named_class(name: str) -> Any:
+def named_class(name: str) -> Any:
+    """Return the transformers model class of that name.
+
+    Raises:
+        MismatchError: there is none.
+    """
     import transformers
 
     cls = getattr(transformers, name, None)

@@ -1,0 +1,91 @@
+"""The export gate: what a user's `from_pretrained` gives is what the checkpoint holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ckpt_core import PyTorchCheckpoint, open_checkpoint
+from ckpt_core.errors import NotACheckpointError
+from ckpt_core.verify import Check
+
+SAMPLE = """def fibonacci(count):
+    \"\"\"Return the first numbers of the Fibonacci sequence.\"\"\"
+    numbers = [0, 1]
+    while len(numbers) < count:
+        numbers.append(numbers[-1] + numbers[-2])
+    return numbers[:count]
+"""
+"""Text that both models read; any text would do."""
+
+
+def compare_with_checkpoint(url: str, export: Path) -> list[Check]:
+    """Load an export with `from_pretrained`, restore the checkpoint with torch's own loader, and compare the two.
+
+    Without a cast tensors and logits must be the same bit for bit; with one, the same as the checkpoint's when cast.
+    """
+    restored = restore_model(url)
+    exported, info = type(restored).from_pretrained(export, output_loading_info=True)
+    checks = [_keys(name, info[f"{name}_keys"]) for name in ("missing", "unexpected", "mismatched")]
+    ours, theirs = dict(exported.named_parameters()), dict(restored.named_parameters())
+    for name, parameter in theirs.items():
+        parameter.data = parameter.data.to(ours[name].dtype)
+    different = [name for name in theirs if not torch.equal(theirs[name], ours[name])]
+    detail = f"{len(theirs)} tensors, bit for bit" if not different else f"differ: {', '.join(different[:5])}"
+    checks.append(Check("tensors", not different, detail))
+    return [*checks, _logits(exported, restored, export)]
+
+
+def restore_model(url: str) -> Any:
+    """Return the model of a checkpoint, built from its own config and filled from its DCP shards.
+
+    Raises:
+        NotACheckpointError: the checkpoint has no config.
+    """
+    from transformers import AutoConfig
+
+    from ckpt_core.export.architecture import named_class
+
+    assets = open_checkpoint(url).component("assets")
+    if assets is None or not (assets / "config.json").is_file():
+        raise NotACheckpointError(f"{url}: has no assets/config.json, so its architecture is not known.")
+    config = AutoConfig.from_pretrained(assets)
+    named = config.architectures
+    if not named:
+        raise NotACheckpointError(f"{assets}/config.json: names no architectures, so the model's class is not known.")
+    model = named_class(named[0])(config).eval()
+    PyTorchCheckpoint.from_url(url).restore(model)
+    return model
+
+
+def _keys(kind: str, keys: Any) -> Check:
+    found = sorted(map(str, keys))
+    return Check(f"{kind} keys", not found, ", ".join(found[:5]) if found else "none")
+
+
+def _logits(exported: Any, restored: Any, export: Path) -> Check:
+    inputs = _inputs(exported, export)
+    with torch.inference_mode():
+        pair = [_forward(model, inputs) for model in (exported, restored)]
+    same = torch.equal(*pair)
+    apart = (pair[0].float() - pair[1].float()).abs().max().item()
+    shape = "x".join(map(str, pair[0].shape))
+    return Check("logits", same, f"{shape}, bit for bit" if same else f"{shape}, up to {apart:.3g} apart")
+
+
+def _inputs(model: Any, export: Path) -> torch.Tensor:
+    """Return the sample as this export's tokens [1, length]; without a tokenizer, seeded random ones."""
+    from transformers import AutoTokenizer
+
+    if (export / "tokenizer_config.json").is_file():
+        return torch.tensor([AutoTokenizer.from_pretrained(export)(SAMPLE)["input_ids"]])
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, model.config.get_text_config().vocab_size, (1, 64), generator=generator)
+
+
+def _forward(model: Any, inputs: torch.Tensor) -> torch.Tensor:
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()  # where memory begins decides the order of sums in some kernels
+    return model.eval()(input_ids=inputs).logits

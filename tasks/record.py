@@ -1,0 +1,105 @@
+"""The retrain under way: what it set out to do and from where, so that a second run continues it or follows it.
+
+    <store>/<run>/retrain.json   the newest retrain of a run: its plan's digest, first step, and, when decided, outcome
+    <store>/<run>/retrain.lock   held while one runs
+
+The checkpoints themselves never change; what became of them is told here.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ckpt_core import durable, open_store
+from ckpt_core.errors import ArgumentError, DamagedError
+from ckpt_core.store import local_path
+
+RECORD_NAME = "retrain.json"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One retrain of a run: `start_step` is the step that it starts from, 0 for nothing."""
+
+    plan: str
+    start_step: int
+    outcome: dict[str, Any] | None = None
+
+
+@contextmanager
+def only_retrain(store: str, run: str) -> Generator[None]:
+    """Hold a run's lock while a retrain works on it.
+
+    Raises:
+        ArgumentError: another one does.
+    """
+    directory = run_directory(store, run)
+    directory.mkdir(parents=True, exist_ok=True)
+    handle = os.open(directory / "retrain.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        _take(handle, store, run)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _take(handle: int, store: str, run: str) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ArgumentError(
+            f"run {run!r} of {store}: another retrain is working on it; wait for it to end, or give another run."
+        ) from None
+
+
+def begin(store: str, run: str, plan: Mapping[str, Any]) -> Record:
+    """Return the retrain to do: the one under way, if its plan is this one and it is not decided, else a new one.
+
+    Args:
+        store: the store's URL.
+        run: the run's name.
+        plan: all settings that decide what is trained, in JSON types.
+    """
+    digest = "sha256:" + hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+    path = run_directory(store, run) / RECORD_NAME
+    found = _read(path)
+    if found is not None and found.plan == digest and found.outcome is None:
+        return found
+    newest = open_store(store).latest(run)
+    record = Record(digest, newest.step if newest else 0)
+    _write(path, record)
+    return record
+
+
+def conclude(store: str, run: str, record: Record, outcome: Mapping[str, Any]) -> None:
+    """Write down what became of a retrain; the next one then starts where it ended."""
+    _write(run_directory(store, run) / RECORD_NAME, Record(record.plan, record.start_step, dict(outcome)))
+
+
+def run_directory(store: str, run: str) -> Path:
+    """Return the directory of a run."""
+    return local_path(store) / run
+
+
+def _read(path: Path) -> Record | None:
+    try:
+        return Record(**json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise DamagedError(
+            f"{path}: not the record of a retrain ({error}); delete it to start a new retrain from the newest "
+            "checkpoint."
+        ) from None
+
+
+def _write(path: Path, record: Record) -> None:
+    durable.replace(path, (json.dumps(asdict(record), indent=1) + "\n").encode())
