@@ -68,7 +68,7 @@ def join(device: str) -> Iterator[Place]:
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
         device_id=chosen if on_cuda else None,
-        **({} if dist.is_torchelastic_launched() else alone),
+        **({} if "WORLD_SIZE" in os.environ else alone),
     )
     yield Place(dist.get_rank(), dist.get_world_size(), chosen, "nccl" if on_cuda else "gloo")
     # Not after an error: others may wait in a collective that this rank will never join.

@@ -1,4 +1,8 @@
-"""Data preparation: text in, tokenizer and packed tokens out. `python -m tasks.worker.prepare REQUEST.json`."""
+"""Data preparation: text in, tokenizer and packed tokens out.
+
+`python -m tasks.worker.prepare REQUEST.json` is a child process for `tasks.child.run_json`; the request holds the
+arguments of `prepare`.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckpt_core.errors import ArgumentError, CkptError
+from ckpt_core.errors import ArgumentError
+from tasks.child import child_main
 from tasks.config import DataSettings, ModelSettings
 from tasks.worker.documents import Document, fingerprint, read_documents, split_documents
 from tasks.worker.tokenizer import load_tokenizer, train_tokenizer
@@ -62,20 +67,6 @@ def prepare(
             _write(staging, documents, data, loaded, vocab_size)
             staging.rename(directory)
     return _result(directory)
-
-
-def main(arguments: list[str]) -> int:
-    """Prepare what a JSON file asks for (`model`, `data`, `output`, `tokenizer`) and print the result as JSON."""
-    if len(arguments) != 1:
-        sys.stderr.write("usage: python -m tasks.worker.prepare REQUEST.json\n")
-        return 2
-    try:
-        result = prepare_request(json.loads(Path(arguments[0]).read_text()))
-    except CkptError as error:
-        sys.stderr.write(f"{type(error).__name__}: {error}\n")
-        return 1
-    sys.stdout.write(json.dumps(result) + "\n")
-    return 0
 
 
 def prepare_request(request: dict[str, Any]) -> dict[str, Any]:
@@ -177,4 +168,6 @@ def _result(directory: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    if len(sys.argv) != 2:  # noqa: PLR2004
+        sys.exit("usage: python -m tasks.worker.prepare REQUEST.json")
+    child_main(lambda: prepare_request(json.loads(Path(sys.argv[1]).read_text())))

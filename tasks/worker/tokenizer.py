@@ -64,6 +64,8 @@ def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> Any:
         raise ArgumentError(f"no tokenizer at {str(name)!r}: {error}") from error
     if tokenizer.eos_token_id is None:
         raise ArgumentError(f"tokenizer {str(name)!r} has no end-of-text token (`eos_token`); set one in its files")
+    for where_it_was in ("is_local", "local_files_only"):  # from_pretrained notes these, save_pretrained writes them
+        tokenizer.init_kwargs.pop(where_it_was, None)
     return tokenizer
 
 

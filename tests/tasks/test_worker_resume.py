@@ -1,0 +1,240 @@
+"""Training that is stopped at any moment and started again ends where it would have ended anyway."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rank_server import RankServer
+from resume_campaign import run_campaign
+from worker_support import (
+    committed_steps,
+    final_state,
+    manifest,
+    prepare_tiny,
+    step_records,
+    tiny_job,
+)
+
+from ckpt_core import PyTorchCheckpoint
+from tasks.config import ComputeSettings
+
+
+@pytest.fixture(scope="module")
+def server():
+    """Start one process that forks ranks for all tests here."""
+    server = RankServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """Prepare the tiny text once."""
+    return prepare_tiny(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(server, prepared, tmp_path_factory):
+    """Return a function that runs the common job once for each number of ranks."""
+    done = {}
+
+    def run(ranks):
+        if ranks not in done:
+            job = tiny_job(
+                prepared, tmp_path_factory.mktemp("whole") / f"ranks{ranks}", ranks=ranks, checkpoint_every=2
+            )
+            outcome = server.run(job)
+            assert outcome["codes"] == [0] * ranks, outcome["output"]
+            done[ranks] = job, outcome
+        return done[ranks]
+
+    return run
+
+
+def same_job(job, store):
+    """Return the job with another store."""
+    return job.model_copy(update={"store": str(store)})
+
+
+def campaign(server, uninterrupted, directory, *, ranks, kills):
+    """Run a campaign against the common job."""
+    reference, outcome = uninterrupted(ranks)
+    names = (directory / f"run{number}" for number in itertools.count())
+    return run_campaign(
+        server,
+        lambda: same_job(reference, next(names)),
+        reference,
+        seconds=outcome["seconds"],
+        kills=kills,
+        seed=20 + ranks,
+    )
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_and_resumed_is_bit_identical(server, uninterrupted, tmp_path, ranks):
+    """Killed three times at drawn moments and started again, training ends with the same bits and the same records."""
+    assert campaign(server, uninterrupted, tmp_path, ranks=ranks, kills=3).kills == 3
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_many_kills(server, uninterrupted, tmp_path, ranks):
+    """Twenty-five kills, some of them inside a commit, change no bit of any run."""
+    tally = campaign(server, uninterrupted, tmp_path, ranks=ranks, kills=25)
+    assert tally.kills == 25
+    assert tally.in_commits > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_killed_and_resumed_on_cuda(server, prepared, tmp_path):
+    """On CUDA the same holds: NCCL, bf16 arithmetic, and bit-identical weights after kills."""
+    ranks = min(2, torch.cuda.device_count())
+    compute = ComputeSettings(ranks=ranks, device="cuda")
+    reference = tiny_job(prepared, tmp_path / "whole", ranks=ranks, checkpoint_every=2)
+    reference = reference.model_copy(update={"compute": compute})
+    outcome = server.run(reference)
+    assert outcome["codes"] == [0] * ranks, outcome["output"]
+    hardware = manifest(reference, 12).lineage["hardware"]
+    assert (hardware["backend"], hardware["device_type"]) == ("nccl", "cuda")
+    names = (tmp_path / f"run{number}" for number in itertools.count())
+    run_campaign(
+        server, lambda: same_job(reference, next(names)), reference, seconds=outcome["seconds"], kills=3, seed=5
+    )
+
+
+def test_term_commits_and_says_unfinished(server, prepared, tmp_path):
+    """After TERM all ranks commit the same step and exit with 143; started again, the weights are the same bits."""
+    settings = {"ranks": 2, "end_step": 60, "checkpoint_every": 1000, "evaluate_every": 20}
+    whole, stopped = (tiny_job(prepared, tmp_path / name, **settings) for name in ("whole", "stopped"))
+    assert server.run(whole)["codes"] == [0, 0]
+    outcome = server.run(stopped, term_at="step 1/60")
+    assert outcome["codes"] == [143, 143], outcome["output"]
+    (step,) = committed_steps(stopped)
+    assert 1 <= step < 60
+    assert server.run(stopped)["codes"] == [0, 0]
+    assert committed_steps(stopped) == [step, 60]
+    assert final_state(stopped) == final_state(whole)
+    assert step_records(stopped) == step_records(whole)
+
+
+def test_complete_job_is_left_alone(server, uninterrupted):
+    """A job whose last step is committed ends at once with success and changes nothing."""
+    job, _ = uninterrupted(1)
+    before = sorted((p, p.stat().st_mtime_ns) for p in Path(job.store).rglob("*"))
+    outcome = server.run(job)
+    assert outcome["codes"] == [0]
+    assert "complete: file://" in outcome["output"]
+    assert sorted((p, p.stat().st_mtime_ns) for p in Path(job.store).rglob("*")) == before
+
+
+def test_other_world_size_continues_from_the_same_state(server, uninterrupted, tmp_path):
+    """Two ranks' checkpoint is continued by one rank: same step, schedule and history, and the loss goes on."""
+    reference, _ = uninterrupted(2)
+    job = same_job(reference, tmp_path / "store").model_copy(update={"compute": uninterrupted(1)[0].compute})
+    shutil.copytree(reference.store, job.store)
+    for step in (8, 10, 12):
+        shutil.rmtree(Path(job.store) / job.run / f"step_{step:010d}")
+    outcome = server.run(job)
+    assert outcome["codes"] == [0], outcome["output"]
+    two, one = step_records(reference), step_records(job)
+    assert one[:6] == two[:6]
+    assert [r["learning_rate"] for r in one] == [r["learning_rate"] for r in two]
+    assert [r["loss"] for r in one[6:]] == pytest.approx([r["loss"] for r in two[6:]], abs=0.05)
+    saved = PyTorchCheckpoint.from_url(Path(job.store) / job.run / "step_0000000012")
+    steps = {state["step"].item() for state in saved["optimizer_state_dict"]["state"].values()}
+    assert steps == {12.0}
+
+
+def test_heldout_loss_is_the_same_in_any_number_of_ranks(uninterrupted):
+    """The untrained model's held-out loss differs by less than 1e-4 between one rank and two."""
+    initial = [manifest(uninterrupted(ranks)[0], 12).metrics["initial_heldout_loss"] for ranks in (1, 2)]
+    assert initial[0] == pytest.approx(initial[1], abs=1e-4)
+
+
+def test_second_phase_starts_from_the_weights_alone(server, uninterrupted, tmp_path):
+    """A job that begins at a checkpoint takes its weights; optimizer, schedule and history begin anew."""
+    first, _ = uninterrupted(1)
+    shutil.copytree(first.store, tmp_path / "store")
+    second = first.model_copy(
+        update={
+            "store": str(tmp_path / "store"),
+            "start_step": 12,
+            "end_step": 16,
+            "step": first.step.model_copy(update={"name": "finetune", "learning_rate": 1e-4, "steps": 4}),
+        }
+    )
+    outcome = server.run(second)
+    assert outcome["codes"] == [0], outcome["output"]
+    before, after = manifest(first, 12), manifest(second, 16)
+    assert after.metrics["initial_heldout_loss"] == before.metrics["heldout_loss"]
+    assert after.metrics["loss_curve"][0][0] == 13
+    assert after.metrics["tokens"] == 4 * 8 * 32
+    records = step_records(second)
+    assert records[:12] == step_records(first)
+    assert [r["learning_rate"] for r in records[12:14]] == [5e-5, 1e-4]
+    saved = PyTorchCheckpoint.from_url(Path(second.store) / second.run / "step_0000000016")
+    assert {s["step"].item() for s in saved["optimizer_state_dict"]["state"].values()} == {4.0}
+    assert after.lineage["parent"]["step"] == 14
+    third = second.model_copy(update={"store": str(tmp_path / "again")})
+    shutil.copytree(first.store, third.store)
+    server.run(third, term_at="step 13/16")
+    assert server.run(third)["codes"] == [0]
+    assert final_state(third) == final_state(second)
+
+
+def test_manifest_tells_how_it_was_trained(uninterrupted):
+    """A manifest holds settings, losses, lineage and hardware, in a few KB."""
+    job, _ = uninterrupted(2)
+    last = manifest(job, 12)
+    assert last.hyperparameters["learning_rate"] == 1e-2
+    assert last.hyperparameters["seed"] == 7
+    assert last.metrics["heldout_loss"] < last.metrics["initial_heldout_loss"] - 1
+    assert [step for step, _ in last.metrics["heldout_curve"]] == [0, 4, 8, 12]
+    assert last.metrics["tokens"] == 12 * 8 * 32
+    assert last.lineage["data"] == job.lineage["data"]
+    assert last.lineage["parent"]["step"] == 10
+    assert last.lineage["hardware"] | {"device": ""} == last.lineage["hardware"] | {
+        "device": "",
+        "backend": "gloo",
+        "world_size": 2,
+        "device_type": "cpu",
+    }
+    text = json.dumps(
+        {"metrics": last.metrics, "lineage": last.lineage, "settings": last.hyperparameters}, default=dict
+    )
+    assert len(text) < 8_000
+
+
+def test_bad_jobs(server, prepared, tmp_path):
+    """What does not fit is one line that says what to change, with exit status 1 and nothing committed."""
+    cases = {
+        "batch_size 8 cannot be shared by 3 ranks": (tiny_job(prepared, tmp_path / "a", ranks=3), 3),
+        "has no checkpoint, but the job starts from step 4": (tiny_job(prepared, tmp_path / "b", start_step=4), 1),
+        "the gradient's norm nan; the checkpoint of step 0 is untouched": (
+            tiny_job(prepared, tmp_path / "c", learning_rate=1e30, max_grad_norm=1e30),
+            1,
+        ),
+    }
+    for message, (job, ranks) in cases.items():
+        outcome = server.run(job, ranks=ranks)
+        assert 1 in outcome["codes"]
+        assert message in outcome["output"]
+        assert "Traceback" not in outcome["output"]
+        assert committed_steps(job) == []
+
+
+def test_step_log_has_one_line_a_step(uninterrupted):
+    """Each optimizer step leaves its loss, rate, gradient norm, tokens and seconds."""
+    job, _ = uninterrupted(2)
+    lines = [json.loads(line) for line in (Path(job.store) / job.run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert all(np.isfinite([line["loss"], line["grad_norm"], line["seconds"]]).all() for line in lines)
+    assert [line["step"] for line in lines if "heldout_loss" in line] == [4, 8, 12]
