@@ -116,6 +116,14 @@ class TrainingStep(Settings):
     """Other data for this step; empty means the retrain's. The evaluation set stays the retrain's."""
 
 
+def default_steps() -> list[TrainingStep]:
+    """Return the default job: two training steps, the second at a lower rate."""
+    return [
+        TrainingStep(name="pretrain"),
+        TrainingStep(name="finetune", steps=20, learning_rate=5e-4, warmup_steps=2),
+    ]
+
+
 class ComputeSettings(Settings):
     """Where training runs."""
 

@@ -1,0 +1,50 @@
+"""`convert`: a committed checkpoint becomes a Hugging Face directory. Also `python -m flows.convert URL`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+
+from ckpt_core import open_checkpoint
+from ckpt_core.store import Checkpoint
+from tasks.config import ExportSettings, ValidationSettings
+from tasks.conversion import convert_checkpoint
+from tasks.validation import check_export, validate
+
+
+@flow(name="convert", flow_run_name="convert {checkpoint}")
+def convert(
+    checkpoint: str,
+    output: str | None = None,
+    export: ExportSettings = ExportSettings(),
+    validation: ValidationSettings = ValidationSettings(),
+) -> dict[str, Any]:
+    """Check a checkpoint, convert it to safetensors, and check what came out.
+
+    Args:
+        checkpoint: URL or path of a committed step, <store>/<run>/step_NNNNNNNNNN; config and tokenizer are in it.
+        output: the directory to make; empty means <store>/<run>/exports/<step>.
+        export: cast and file sizes.
+        validation: what the checkpoint must pass.
+    """
+    found = open_checkpoint(checkpoint)
+    validate(found.url, found.run, None, validation)
+    target = output or default_target(found, export)
+    exported = convert_checkpoint(found.url, found.run, target, export, allow_nonfinite=validation.allow_nonfinite)
+    checks = check_export(found.url, found.run, exported["path"])
+    return {"checkpoint": found.url, "export": exported["path"], "checks": checks}
+
+
+def default_target(checkpoint: Checkpoint, export: ExportSettings) -> str:
+    """Return where a checkpoint's export goes: beside the run's steps, by step and cast."""
+    cast = f"-{export.dtype}" if export.dtype else ""
+    return str(checkpoint.path.parent / "exports" / f"{checkpoint.path.name}{cast}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) not in {2, 3}:
+        sys.exit("usage: python -m flows.convert CHECKPOINT [OUTPUT]")
+    print(convert(sys.argv[1], str(Path(sys.argv[2]).absolute()) if sys.argv[2:] else None)["export"])  # noqa: T201

@@ -1,0 +1,173 @@
+"""`retrain`: train, validate, convert, check, compare, publish. Also `python -m flows.retrain`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from prefect.runtime import flow_run
+
+from ckpt_core import PyTorchCheckpoint, open_checkpoint, open_store
+from ckpt_core.store import local_path
+from flows.convert import default_target
+from flows.summary import Summary, card
+from tasks import artifacts, record
+from tasks.config import (
+    ComputeSettings,
+    DataSettings,
+    ExportSettings,
+    HubSettings,
+    Job,
+    ModelSettings,
+    Name,
+    TrainingStep,
+    ValidationSettings,
+    default_steps,
+)
+from tasks.conversion import convert_checkpoint
+from tasks.publication import compare, hub_endpoint, publish, require_token
+from tasks.training import prepare_data, train
+from tasks.validation import check_export, validate
+
+
+@flow(name="retrain", flow_run_name="retrain {run}")
+def retrain(
+    store: str = "runs",
+    run: Name = "default",
+    model: ModelSettings = ModelSettings(),
+    data: DataSettings = DataSettings(),
+    steps: list[TrainingStep] = default_steps(),  # noqa: B008 - the form shows plain defaults only
+    compute: ComputeSettings = ComputeSettings(),
+    validation: ValidationSettings = ValidationSettings(),
+    export: ExportSettings = ExportSettings(),
+    hub: HubSettings = HubSettings(),
+    seed: int = 0,
+    keep_checkpoints: int = 4,
+) -> dict[str, Any]:
+    """Train a model from its newest checkpoint on, and publish it if it is sound and better than what is published.
+
+    Run again after any stop, it continues where it was; after an end, it starts the next retrain.
+
+    Args:
+        store: the directory that holds runs, and the local Hub's repositories.
+        run: the lineage of checkpoints to continue, or to begin.
+        model: what to train.
+        data: the text to train on, and what of it is held out.
+        steps: training jobs, each from the weights of the one before.
+        compute: where training runs.
+        validation: what the checkpoint must pass.
+        export: cast and file sizes of the release.
+        hub: where the release goes.
+        seed: of initial weights and the order of the data.
+        keep_checkpoints: how many of the run's newest checkpoints stay when the retrain has ended.
+    """
+    store = local_path(store).as_uri()
+    require_token(hub)
+    plan = {
+        "model": model.model_dump(),
+        "data": data.model_dump(),
+        "steps": [step.model_dump() for step in steps],
+        "seed": seed,
+    }
+    with record.only_retrain(store, run):
+        begun = record.begin(store, run, plan)
+        prepared = _prepare(store, run, model, data)
+        checkpoint = None
+        for job in _jobs(store, run, model, steps, compute, seed, begun, prepared):
+            checkpoint = train(job)
+        assert checkpoint is not None
+        validated = validate(str(checkpoint.url), run, prepared["heldout_tokens"], validation)
+        exported = _export(checkpoint, run, export, validation, model)
+        checked = check_export(str(checkpoint.url), run, exported["path"])
+        with hub_endpoint(store, hub) as endpoint:
+            untrained = {"model": model.model_dump(), "tokenizer": prepared["tokenizer"], "seed": seed}
+            compared = compare(endpoint, hub, exported["path"], prepared["heldout_tokens"], untrained)
+            compared["unigram"] = prepared["unigram_loss"]
+            release = None
+            if compared["better"]:
+                release = publish(endpoint, hub, exported["path"], card(checkpoint, compared, prepared))
+        artifacts.release_card(run, compared, release)
+        checks = [*validated["report"]["checks"], *checked]
+        local = hub.endpoint is None
+        summary = Summary.of(store, checkpoint, checks, exported, compared, release, local=local)
+        record.conclude(store, run, begun, summary.outcome())
+        open_store(store).prune(run, keep_last=keep_checkpoints)
+    return summary.to_dict()
+
+
+def _prepare(store: str, run: str, model: ModelSettings, data: DataSettings) -> dict[str, Any]:
+    """Prepare text for a run, with the tokenizer of its newest checkpoint, if it has one."""
+    newest = open_store(store).latest(run)
+    assets = newest.component("assets") if newest else None
+    directory = record.run_directory(store, run) / "data"
+    return prepare_data(model, data, str(directory), str(assets) if assets else None)
+
+
+def _export(
+    checkpoint: PyTorchCheckpoint,
+    run: str,
+    export: ExportSettings,
+    validation: ValidationSettings,
+    model: ModelSettings,
+) -> dict[str, Any]:
+    target = default_target(open_checkpoint(str(checkpoint.url)), export)
+    return convert_checkpoint(
+        str(checkpoint.url),
+        run,
+        target,
+        export,
+        allow_nonfinite=validation.allow_nonfinite,
+        trust_remote_code=model.trust_remote_code,
+    )
+
+
+def _jobs(
+    store: str,
+    run: str,
+    model: ModelSettings,
+    steps: list[TrainingStep],
+    compute: ComputeSettings,
+    seed: int,
+    begun: record.Record,
+    prepared: dict[str, Any],
+) -> Iterator[Job]:
+    """Yield the training jobs of a retrain; text of a step's own is prepared when its turn comes."""
+    start = begun.start_step
+    for step in steps:
+        text = prepared
+        if step.data is not None:
+            directory = record.run_directory(store, run) / "data"
+            text = prepare_data(model, step.data, str(directory), prepared["tokenizer"])
+        yield Job(
+            store=store,
+            run=run,
+            start_step=start,
+            end_step=start + step.steps,
+            seed=seed,
+            model=model,
+            step=step,
+            compute=compute,
+            tokenizer=prepared["tokenizer"],
+            train_tokens=text["train_tokens"],
+            heldout_tokens=prepared["heldout_tokens"],
+            lineage={"data": text["fingerprint"], "flow_run": str(flow_run.id), "training_step": step.name},
+        )
+        start += step.steps
+
+
+def main() -> int:
+    """Run the default retrain; print what came of it, or the error."""
+    try:
+        result = retrain()
+    except Exception as error:  # noqa: BLE001 - the flow has logged it; a person needs its text alone
+        print(f"\nretrain failed: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    print(Summary(**result).text(Path.cwd()))  # noqa: T201
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+"""What a retrain tells people: a short summary, and the facts for the model's card."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ckpt_core import PyTorchCheckpoint, open_checkpoint
+from ckpt_core.store import local_path
+
+LOCAL_PORT = 8765
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What came of one retrain. Losses are held-out, in nats a token."""
+
+    checkpoint: str
+    step: int
+    initial_loss: float | None
+    """Of the weights that training started from."""
+
+    loss: float
+    untrained_loss: float
+    unigram_loss: float
+    champion: dict[str, Any] | None
+    checks: list[dict[str, Any]]
+    export: str
+    release: dict[str, Any] | None
+    hub_directory: str | None
+    """Where a local Hub keeps its repositories; None for a remote one."""
+
+    @classmethod
+    def of(
+        cls,
+        store: str,
+        checkpoint: PyTorchCheckpoint,
+        checks: Sequence[Mapping[str, Any]],
+        export: Mapping[str, Any],
+        compared: Mapping[str, Any],
+        release: Mapping[str, Any] | None,
+        *,
+        local: bool,
+    ) -> Summary:
+        """Gather it from what the tasks returned."""
+        metrics = open_checkpoint(str(checkpoint.url)).manifest.metrics
+        return cls(
+            checkpoint=str(checkpoint.url),
+            step=checkpoint.step or 0,
+            initial_loss=metrics.get("initial_heldout_loss"),
+            loss=compared["challenger"],
+            untrained_loss=compared["untrained"],
+            unigram_loss=compared["unigram"],
+            champion=compared["champion"],
+            checks=[dict(check) for check in checks],
+            export=export["path"],
+            release=dict(release) if release else None,
+            hub_directory=str(local_path(store) / "hub") if local else None,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it in JSON types; `Summary(**...)` is the inverse."""
+        return asdict(self)
+
+    def outcome(self) -> dict[str, Any]:
+        """Return what the run's record keeps."""
+        decision = "published" if self.release else "kept"
+        version = self.release["tag"] if self.release else (self.champion or {}).get("tag")
+        return {"decision": decision, "version": version, "step": self.step, "loss": self.loss, "export": self.export}
+
+    def text(self, here: Path) -> str:
+        """Return it for a person who stands in the directory `here`."""
+        lines = ["", *self._results(), "", *(self._check(check) for check in self.checks), "", *self._decision(), ""]
+        return "\n".join([*lines, *self._loading(here)])
+
+    def _results(self) -> list[str]:
+        before = "untrained" if self.initial_loss is None else f"{self.initial_loss:.3f}"
+        return [
+            f"loss        {before} before, {self.loss:.3f} after (held-out, nats a token)",
+            f"            {self.untrained_loss:.3f} untrained, {self.unigram_loss:.3f} unigram baseline",
+            f"checkpoint  {local_path(self.checkpoint)}",
+        ]
+
+    def _check(self, check: Mapping[str, Any]) -> str:
+        return f"{'pass' if check['passed'] else 'FAIL'}        {check['name']}: {check['detail']}"
+
+    def _decision(self) -> list[str]:
+        if self.release is None:
+            champion = self.champion or {}
+            return [
+                f"kept {champion.get('tag')}  its loss is {champion.get('loss', 0):.3f}, the new model is not better"
+            ]
+        state = "published" if self.release["created"] else "published before, unchanged:"
+        return [
+            f"release     {state} {self.release['repo_id']} {self.release['tag']}, commit {self.release['commit'][:12]}"
+        ]
+
+    def _loading(self, here: Path) -> list[str]:
+        lines = [
+            "load it from the export:",
+            "  from transformers import AutoModelForCausalLM",
+            f'  model = AutoModelForCausalLM.from_pretrained("{self.export}")',
+        ]
+        if self.release is None:
+            return lines
+        repo, tag = self.release["repo_id"], self.release["tag"]
+        if self.hub_directory is not None:
+            programs = _relative(Path(sys.executable).parent, here)
+            hub = _relative(Path(self.hub_directory), here)
+            lines += [
+                "or from the Hub, by name:",
+                f"  {programs}/ckpt hub serve {hub} --port {LOCAL_PORT}",
+                f"  HF_ENDPOINT=http://127.0.0.1:{LOCAL_PORT} {programs}/python",
+            ]
+        else:
+            lines.append("or from the Hub, by name:")
+        return [
+            *lines,
+            "  from transformers import AutoModelForCausalLM",
+            f'  model = AutoModelForCausalLM.from_pretrained("{repo}", revision="{tag}")',
+        ]
+
+
+def card(checkpoint: PyTorchCheckpoint, compared: Mapping[str, Any], prepared: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `ckpt_core.hub.render_card`, but for those that the Hub's settings give."""
+    manifest = open_checkpoint(str(checkpoint.url)).manifest
+    lineage, hardware = manifest.lineage, manifest.lineage.get("hardware", {})
+    parent = lineage.get("parent") or {}
+    source = prepared["train"]["source"]
+    return {
+        "title": f"Run {manifest.run}, step {manifest.step}",
+        "summary": f"A causal language model, trained on {source}. Published after its checkpoint was verified, its "
+        "export compared with it bit for bit, and its loss with that of the release before.",
+        "metrics": {
+            "held-out loss (nats a token)": compared["challenger"],
+            "unigram baseline (nats a token)": compared["unigram"],
+            "untrained (nats a token)": compared["untrained"],
+        },
+        "lineage": {
+            "checkpoint": manifest.digest(),
+            "parent": f"step {parent['step']}" if parent else "none",
+            "training data": f"sha256:{lineage.get('data', '?')}",
+            "training step": lineage.get("training_step", "?"),
+        },
+        "hardware": {name: hardware[name] for name in sorted(hardware)},
+    }
+
+
+def _relative(path: Path, here: Path) -> str:
+    """Return a path as a person in `here` types it."""
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

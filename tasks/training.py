@@ -1,0 +1,78 @@
+"""The tasks that make checkpoints: preparing text, and training under torchrun."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from prefect.events import emit_event
+from prefect.logging import get_run_logger
+
+from ckpt_core import PyTorchCheckpoint, open_store
+from ckpt_core.errors import NotACheckpointError
+from ckpt_core.store import local_path, step_name
+from tasks import artifacts
+from tasks.child import run_json
+from tasks.config import DataSettings, Job, ModelSettings
+from tasks.launch import log_line
+from tasks.torchrun import run_torchrun
+
+
+@task(task_run_name="prepare {data.source}")
+def prepare_data(model: ModelSettings, data: DataSettings, directory: str, tokenizer: str | None) -> dict[str, Any]:
+    """Read, split, tokenize and pack text, or find what was prepared before; see `tasks.worker.prepare`."""
+    request = {
+        "model": model.model_dump(),
+        "data": data.model_dump(),
+        "output": directory,
+        "tokenizer": tokenizer,
+    }
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / "request.json"
+        path.write_text(json.dumps(request))
+        return run_json("tasks.worker.prepare", [str(path)], on_line=log_line())
+
+
+@task(task_run_name="train {job.step.name} to step {job.end_step}")
+def train(job: Job) -> PyTorchCheckpoint:
+    """Run one training job under torchrun, from its newest checkpoint on; return a reference to its last one.
+
+    Raises:
+        ChildFailedError: a rank failed; the message has its last lines.
+        NotACheckpointError: the job ended well but committed no checkpoint at its last step.
+    """
+    if _newest_step(job) < job.end_step:
+        with tempfile.TemporaryDirectory() as temporary:
+            path = Path(temporary) / "job.json"
+            path.write_text(job.model_dump_json(indent=1))
+            run_torchrun(
+                job.compute.trainer,
+                [str(path)],
+                ranks=job.compute.ranks,
+                on_line=log_line(),
+                grace_s=job.compute.grace_seconds,
+            )
+    else:
+        get_run_logger().info("step %d is committed already", job.end_step)
+    if _newest_step(job) < job.end_step:
+        raise NotACheckpointError(
+            f"{job.store}/{job.run}: {job.compute.trainer} ended well, but the newest step is {_newest_step(job)}; "
+            f"expected a checkpoint at step {job.end_step}, the end_step of its job file."
+        )
+    return _emit(local_path(job.store) / job.run / step_name(job.end_step))
+
+
+def _newest_step(job: Job) -> int:
+    newest = open_store(job.store).latest(job.run)
+    return newest.step if newest else -1
+
+
+def _emit(path: Path) -> PyTorchCheckpoint:
+    checkpoint = PyTorchCheckpoint.from_url(path)
+    url = str(checkpoint.url)
+    artifacts.checkpoint_card(url)
+    emit_event("ckpt.checkpoint.committed", resource={"prefect.resource.id": url}, payload={"url": url})
+    return checkpoint
