@@ -1,0 +1,39 @@
+# `make run` trains, checks and publishes a small model; `make test` runs every check that CI runs.
+PYTHON ?= python3.11
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: run install test lint types imports pytest long clean
+
+run: install
+	@$(BIN)/python -m flows.retrain
+
+install: $(INSTALLED)
+
+# torch first and alone: then nothing that follows pulls another build of it.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+test: lint types imports pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/pyright
+
+imports: install
+	$(BIN)/lint-imports --no-logo
+
+pytest: install
+	$(BIN)/pytest -m "not long"
+
+long: install
+	$(BIN)/pytest -m long
+
+clean:
+	rm -rf .venv runs
