@@ -90,7 +90,7 @@ def retrain(
             if compared["better"]:
                 release = publish(endpoint, hub, exported["path"], card(checkpoint, compared, prepared))
         artifacts.release_card(run, compared, release)
-        checks = [*validated["report"]["checks"], *checked]
+        checks = [*validated["checks"], *checked]
         local = hub.endpoint is None
         summary = Summary.of(store, checkpoint, checks, exported, compared, release, local=local)
         record.conclude(store, run, begun, summary.outcome())

@@ -28,17 +28,16 @@ def validate(request: Request) -> dict[str, Any]:
         request: `url`; `heldout` (prepared tokens) or null; `max_heldout_loss` or null; `allow_nonfinite`.
 
     Returns:
-        `report` (see `ckpt_core.verify`) and `heldout_loss`, nats a token, or null.
+        `checks` (see `ckpt_core.verify.Check`) and `heldout_loss`, nats a token, or null.
     """
     from ckpt_core.verify import verify
 
-    report = verify(request["url"], allow_nonfinite=request["allow_nonfinite"]).to_dict()
-    loss = None
-    if request["heldout"] is not None and report["passed"]:
+    report = verify(request["url"], allow_nonfinite=request["allow_nonfinite"])
+    checks, loss = [asdict(check) for check in report.checks], None
+    if request["heldout"] is not None and report.passed:
         loss = _loss(_restored(request["url"]), request["heldout"])
-        report["checks"].append(_limit(loss, request["max_heldout_loss"]))
-        report["passed"] = report["checks"][-1]["passed"]
-    return {"report": report, "heldout_loss": loss}
+        checks.append(_limit(loss, request["max_heldout_loss"]))
+    return {"checks": checks, "heldout_loss": loss}
 
 
 def convert(request: Request) -> dict[str, Any]:
@@ -71,15 +70,14 @@ def check_export(request: Request) -> dict[str, Any]:
     """Load an export as a user would, and compare it with the checkpoint that it was made of.
 
     Args:
-        request: `url` of the checkpoint, `export`, `trust_remote_code`.
+        request: `url` of the checkpoint, `export`.
 
     Returns:
-        `checks`, as in a report, and `passed`.
+        `checks` (see `ckpt_core.verify.Check`).
     """
     from tasks.gate import compare_with_checkpoint
 
-    checks = [asdict(check) for check in compare_with_checkpoint(request["url"], Path(request["export"]))]
-    return {"checks": checks, "passed": all(check["passed"] for check in checks)}
+    return {"checks": [asdict(check) for check in compare_with_checkpoint(request["url"], Path(request["export"]))]}
 
 
 def compare(request: Request) -> dict[str, Any]:

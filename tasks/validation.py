@@ -18,7 +18,7 @@ class RefusedError(CheckpointError, ValueError):
 
 @task(task_run_name="validate {run}")
 def validate(url: str, run: str, heldout: str | None, settings: ValidationSettings) -> dict[str, Any]:
-    """Check a checkpoint's bytes, structure, values and, with held-out text, its loss; return the report.
+    """Check a checkpoint's bytes, structure, values and, with held-out text, its loss; return `checks` and `heldout_loss`.
 
     Raises:
         RefusedError: a check failed.
@@ -30,8 +30,8 @@ def validate(url: str, run: str, heldout: str | None, settings: ValidationSettin
         "allow_nonfinite": settings.allow_nonfinite,
     }
     result = run_job("validate", request)
-    artifacts.report_table("validation", run, result["report"]["checks"])
-    _require(result["report"]["checks"], f"checkpoint {url}")
+    artifacts.report_table("validation", run, result["checks"])
+    _require(result["checks"], f"checkpoint {url}")
     return result
 
 
