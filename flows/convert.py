@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from prefect import flow
+from prefect import flow, runtime
 
 from ckpt_core import open_checkpoint
 from ckpt_core.store import Checkpoint
@@ -15,7 +15,12 @@ from tasks.conversion import convert_checkpoint
 from tasks.validation import check_export, validate
 
 
-@flow(name="convert", flow_run_name="convert {checkpoint}")
+def _run_name() -> str:
+    """Name a flow run after its step, not after the whole URL."""
+    return "convert " + Path(runtime.flow_run.parameters["checkpoint"]).name
+
+
+@flow(name="convert", flow_run_name=_run_name)
 def convert(
     checkpoint: str,
     output: str | None = None,

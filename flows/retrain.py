@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from prefect import flow
 from prefect.runtime import flow_run
+from pydantic import Field
 
 from ckpt_core import PyTorchCheckpoint, open_checkpoint, open_store
 from ckpt_core.store import local_path
@@ -44,8 +45,8 @@ def retrain(
     validation: ValidationSettings = ValidationSettings(),
     export: ExportSettings = ExportSettings(),
     hub: HubSettings = HubSettings(),
-    seed: int = 0,
-    keep_checkpoints: int = 4,
+    seed: Annotated[int, Field(ge=0)] = 0,
+    keep_checkpoints: Annotated[int, Field(ge=1)] = 4,
 ) -> dict[str, Any]:
     """Train a model from its newest checkpoint on, and publish it if it is sound and better than what is published.
 
@@ -75,10 +76,8 @@ def retrain(
     with record.only_retrain(store, run):
         begun = record.begin(store, run, plan)
         prepared = _prepare(store, run, model, data)
-        checkpoint = None
-        for job in _jobs(store, run, model, steps, compute, seed, begun, prepared):
-            checkpoint = train(job)
-        assert checkpoint is not None
+        checkpoints = [train(job) for job in _jobs(store, run, model, steps, compute, seed, begun, prepared)]
+        checkpoint = checkpoints[-1]
         validated = validate(str(checkpoint.url), run, prepared["heldout_tokens"], validation)
         exported = _export(checkpoint, run, export, validation, model)
         checked = check_export(str(checkpoint.url), run, exported["path"])
@@ -92,7 +91,7 @@ def retrain(
         artifacts.release_card(run, compared, release)
         checks = [*validated["checks"], *checked]
         local = hub.endpoint is None
-        summary = Summary.of(store, checkpoint, checks, exported, compared, release, local=local)
+        summary = Summary.of(store, checkpoints, checks, exported, compared, release, local=local)
         record.conclude(store, run, begun, summary.outcome())
         open_store(store).prune(run, keep_last=keep_checkpoints)
     return summary.to_dict()

@@ -37,7 +37,7 @@ class Summary:
     def of(
         cls,
         store: str,
-        checkpoint: PyTorchCheckpoint,
+        checkpoints: Sequence[PyTorchCheckpoint],
         checks: Sequence[Mapping[str, Any]],
         export: Mapping[str, Any],
         compared: Mapping[str, Any],
@@ -45,8 +45,9 @@ class Summary:
         *,
         local: bool,
     ) -> Summary:
-        """Gather it from what the tasks returned."""
-        metrics = open_checkpoint(str(checkpoint.url)).manifest.metrics
+        """Gather it from what the tasks returned; `checkpoints` are those of the training steps, in order."""
+        first, checkpoint = checkpoints[0], checkpoints[-1]
+        metrics = open_checkpoint(str(first.url)).manifest.metrics
         return cls(
             checkpoint=str(checkpoint.url),
             step=checkpoint.step or 0,
