@@ -111,10 +111,9 @@ class PyTorchCheckpoint(DataClassJsonMixin):
             StepExistsError (a FileExistsError): the run has that step; nothing was written.
             CommitError: not committed, or not surely; the message says which.
         """
-        from ckpt_core import commit
+        from ckpt_core import commit, ranks
 
-        parts = commit.Parts(self.module, self.optimizer, scheduler, trainer, Path(assets) if assets else None)
-        if parts.module is None and parts.optimizer is None and self._reference is not None:
+        if self.module is None and self.optimizer is None and self._reference is not None:
             raise ArgumentError(f"{self.url}: saved already, and nothing of it is in memory; restore it first.")
 
         def manifest(files: Mapping[str, FileRecord], world_size: int) -> Manifest:
@@ -131,7 +130,12 @@ class PyTorchCheckpoint(DataClassJsonMixin):
                 files=files,
             )
 
-        manifest({}, 1)  # what cannot be JSON is told before anything is written
+        def collect() -> commit.Parts:
+            manifest({}, 1)  # what cannot be JSON is told before anything is written
+            counters = None if trainer is None else _plain(dict(trainer), "trainer")
+            return commit.Parts(self.module, self.optimizer, scheduler, counters, Path(assets) if assets else None)
+
+        parts = ranks.together(collect)
         saved = PyTorchCheckpoint(self.module, self.hyperparameters, self.optimizer)
         saved._reference = _refer(commit.commit(open_store(url), run, step, parts, manifest))
         return saved
@@ -159,17 +163,19 @@ class PyTorchCheckpoint(DataClassJsonMixin):
             MismatchError (a ValueError): the state does not fit the objects.
             CheckpointError: there is no such state, or it is damaged or hostile.
         """
-        from ckpt_core import native_checkpoint, ranks, trainer
+        from ckpt_core import ranks, trainer
+        from ckpt_core.restore import load_model, load_optimizer
+        from ckpt_core.state import OptimizerState
 
         if optimizer is not None and module is None:
             raise ArgumentError("restore: an optimizer's state goes by its module's names; give the module too.")
-        checkpoint = self._stored()
+        checkpoint = ranks.together(self._stored)
         with checkpoint.lease():
             if module is not None:
-                native_checkpoint.load_model(module, self._component(checkpoint, "model"))
+                load_model(module, self._component(checkpoint, "model"))
             if module is not None and optimizer is not None:
-                state = native_checkpoint.OptimizerState(module, optimizer, scheduler)
-                native_checkpoint.load_optimizer(state, self._component(checkpoint, "optimizer"))
+                state = OptimizerState(module, optimizer, scheduler)
+                load_optimizer(state, self._component(checkpoint, "optimizer"))
             directory = checkpoint.component("trainer")
             if directory is None:
                 return {}
@@ -325,7 +331,14 @@ class PyTorchCheckpoint(DataClassJsonMixin):
     def _stored(self) -> Checkpoint:
         if self._reference is None:
             raise CheckpointError("PyTorchCheckpoint: never saved, so there is nothing to load; call .save first.")
-        return open_checkpoint(self._reference.url)
+        checkpoint = open_checkpoint(self._reference.url)
+        found = checkpoint.manifest.digest()
+        if found != self._reference.digest:
+            raise MismatchError(
+                f"{checkpoint.path}: another checkpoint than this reference names: its digest is {found}, the "
+                f"reference says {self._reference.digest}; the store was changed."
+            )
+        return checkpoint
 
     def _component(self, checkpoint: Checkpoint, name: str) -> Path:
         path = checkpoint.component(name)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ckpt_core import durable, io, ranks, trainer
 from ckpt_core.errors import CommitError
 from ckpt_core.format.manifest import FileRecord, Manifest, record_file
-from ckpt_core.state import MODEL_KEY, OPTIMIZER_KEY, ModelState, OptimizerState
+from ckpt_core.state import MODEL_KEY, OPTIMIZER_KEY, ModelState, OptimizerState, storable
 
 if TYPE_CHECKING:
     import torch
@@ -75,10 +75,11 @@ def _write(staged: Path, parts: Parts) -> Files:
     """Collective: write every part below `staged`; return what this rank wrote, by path."""
     files: Files = {}
     if parts.module is not None:
-        files |= _below("model", io.save({MODEL_KEY: ModelState(parts.module)}, staged / "model", twin=True))
+        content = {MODEL_KEY: ranks.together(ModelState(parts.module).content)}
+        files |= _below("model", io.save(content, staged / "model", twin=True))
     if parts.optimizer is not None:
-        state = {OPTIMIZER_KEY: _optimizer_state(parts)}
-        files |= _below("optimizer", io.save(state, staged / "optimizer", twin=True))
+        content = {OPTIMIZER_KEY: ranks.together(lambda: _optimizer_content(parts))}
+        files |= _below("optimizer", io.save(content, staged / "optimizer", twin=True))
     if parts.trainer is not None:
         saved = ranks.each(lambda: trainer.save(staged / "trainer", parts.trainer or {}, ranks.rank()))
         files |= _below("trainer", saved[ranks.rank()])
@@ -90,18 +91,14 @@ def _below(directory: str, files: Files) -> Files:
     return {f"{directory}/{name}": record for name, record in files.items()}
 
 
-def _optimizer_state(parts: Parts) -> dict[str, Any]:
+def _optimizer_content(parts: Parts) -> dict[str, Any]:
     """Return the optimizer's state by the names of the module's parameters, or by number without a module."""
     assert parts.optimizer is not None
-    if parts.module is None:
-        optim = parts.optimizer.state_dict()
-        optim["state"] = {str(number): state for number, state in optim["state"].items()}
-        return {"optim": optim}
-    unused = not parts.optimizer.state
-    state = OptimizerState(parts.module, parts.optimizer, parts.scheduler).state_dict()
-    if unused:
-        state["optim"]["state"] = {}
-    return state
+    if parts.module is not None:
+        return OptimizerState(parts.module, parts.optimizer, parts.scheduler).content()
+    optim = parts.optimizer.state_dict()
+    optim["state"] = {str(number): state for number, state in optim["state"].items()}
+    return storable({"optim": optim}, OPTIMIZER_KEY)
 
 
 def _write_assets(directory: Path, parts: Parts) -> Files:

@@ -22,6 +22,9 @@ MODEL_LEVELS = (
 )  # fmt: skip
 """Where frameworks put the model's DCP directory below the directory that a user knows."""
 
+OTHER_COMPONENTS = ("optim.", "optimizer.", "sched.", "scheduler.", "lr_scheduler.", "dataloader.", "train_state.")
+"""What the names of all that frameworks keep beside a model in one DCP directory begin with."""
+
 
 def find_dcp(path: Path) -> Path:
     """Return the model's DCP directory at `path` or at a level below it where frameworks put it, and log which.

@@ -57,6 +57,13 @@ def each(function: Callable[[], T]) -> list[T]:
     return [cast("T", result) for result, _ in outcomes]
 
 
+def together(function: Callable[[], T]) -> T:
+    """Collective: run `function` on every rank and return its result there; if one rank fails, every rank raises."""
+    kept: list[T] = []
+    each(lambda: kept.append(function()))
+    return kept[0]
+
+
 def first(function: Callable[[], T]) -> T:
     """Collective: run `function` on rank 0 alone; every rank returns its result or raises its error."""
     return cast("T", each(lambda: function() if rank() == 0 else None)[0])

@@ -5,13 +5,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from ckpt_core import io
-from ckpt_core.state import MODEL_KEY, OPTIMIZER_KEY
+from ckpt_core.format.index import Keys, read_index
+from ckpt_core.state import MODEL_KEY, OPTIMIZER_KEY, UNUSED_KEY
 
 
 def read(directory: Path, component: str) -> dict[str, Any]:
@@ -20,10 +23,56 @@ def read(directory: Path, component: str) -> dict[str, Any]:
     Tensors lie on the first GPU if there is one, as in a checkpoint that flytekit loads.
     """
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    state = io.read_state(directory, device)
+    state = _in_saved_order(io.read_state(directory, device), read_index(directory).paths)
     if component == "model":
         return state.get(MODEL_KEY, {})
-    return _numbered(state[OPTIMIZER_KEY]["optim"])
+    saved = state[OPTIMIZER_KEY]
+    return _numbered({**saved["optim"], "state": {}} if UNUSED_KEY in saved else saved["optim"])
+
+
+def nest(flat: Mapping[str, Any], paths: Mapping[str, Keys]) -> dict[str, Any]:
+    """Return the nested state dict that DCP made `flat` of, in the order of `paths`; numbers in a path are places."""
+    tree = _Node()
+    for name in [name for name in paths if name in flat] or flat:
+        *parents, last = paths.get(name, (name,))
+        here = tree
+        for key in parents:
+            here = cast("_Node", here.setdefault(key, _Node()))
+        here[last] = flat[name]
+    return _built(tree)
+
+
+def like(live: Any, stored: Any) -> Any:
+    """Return `stored` with numbers for keys, and counters, where `live` has them: DCP turns every key to text."""
+    if not (isinstance(live, dict) and isinstance(stored, dict)):
+        return stored
+    pattern, content = cast("dict[Any, Any]", live), cast("dict[Any, Any]", stored)
+    numbers = any(isinstance(key, int) for key in pattern)
+    built = {(int(k) if numbers else k): like(pattern.get(k), v) for k, v in content.items()}
+    return Counter(built) if isinstance(live, Counter) else built
+
+
+class _Node(dict[Any, Any]):
+    """A container of a nested state dict that is being built; its keys tell whether a list or a dict."""
+
+
+def _built(node: Any) -> Any:
+    if not isinstance(node, _Node):
+        return node
+    if node and all(isinstance(key, int) for key in node):
+        return [_built(node[place]) for place in sorted(node)]
+    return {key: _built(value) for key, value in node.items()}
+
+
+def _in_saved_order(state: dict[str, Any], paths: Mapping[str, Keys]) -> dict[str, Any]:
+    """Return a nested state dict with its keys in the order in which they were saved."""
+    flat: dict[str, Any] = {}
+    for name, path in paths.items():
+        value: Any = state
+        for key in path:
+            value = value[key]
+        flat[name] = value
+    return nest(flat, paths) if flat else state
 
 
 def _numbered(optim: dict[str, Any]) -> dict[str, Any]:

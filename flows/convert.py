@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from prefect import flow, runtime
+from prefect import flow
+from prefect.runtime import flow_run
 
 from ckpt_core import open_checkpoint
 from ckpt_core.store import Checkpoint
@@ -17,7 +18,7 @@ from tasks.validation import check_export, validate
 
 def _run_name() -> str:
     """Name a flow run after its step, not after the whole URL."""
-    return "convert " + Path(runtime.flow_run.parameters["checkpoint"]).name
+    return "convert " + Path(flow_run.parameters["checkpoint"]).name
 
 
 @flow(name="convert", flow_run_name=_run_name)

@@ -24,7 +24,7 @@ from ckpt_core.format.index import METADATA_NAME, read_index
 from ckpt_core.format.manifest import digest_bytes
 from ckpt_core.store import Checkpoint, rename_new
 
-__all__ = ["EXPORT_NAME", "Assets", "Export", "convert", "convert_checkpoint", "plan_export", "read_export"]
+__all__ = ["EXPORT_NAME", "Assets", "Export", "check_target", "convert", "convert_checkpoint", "plan_export", "read_export"]
 
 EXPORT_NAME = "export.json"
 FORMAT_VERSION = 1
@@ -108,7 +108,7 @@ def convert(
         CheckpointError: the checkpoint is damaged, hostile, or does not fit the config; nothing is left at `target`.
     """
     directory, target = directory.absolute(), target.absolute()
-    _check_target(directory, target, overwrite=overwrite)
+    check_target(directory, target, overwrite=overwrite)
     plan = plan_export(directory, assets, dtype=dtype, max_shard_bytes=max_shard_bytes)
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = target.parent / f".staging-{target.name}-{uuid.uuid4().hex}"
@@ -170,7 +170,14 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_target(directory: Path, target: Path, *, overwrite: bool) -> None:
+def check_target(directory: Path, target: Path, *, overwrite: bool) -> None:
+    """Check that an export of what is in `directory` may be written to `target`.
+
+    Raises:
+        ExportExistsError (a FileExistsError): it exists.
+        ArgumentError: one of the two lies in the other.
+    """
+    directory, target = directory.absolute(), target.absolute()
     if target.is_relative_to(directory) or directory.is_relative_to(target):
         raise ArgumentError(f"{target}: one of source and target lies in the other; give a directory apart.")
     if target.exists() and not overwrite:

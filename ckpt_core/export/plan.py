@@ -10,11 +10,7 @@ from ckpt_core.errors import ArgumentError, MismatchError
 from ckpt_core.export.architecture import Architecture
 from ckpt_core.format import dtypes
 from ckpt_core.format.index import Index, Shape, TensorEntry
-from ckpt_core.locate import find_prefix
-
-OTHER_COMPONENTS = ("optim.", "optimizer.", "sched.", "scheduler.", "lr_scheduler.", "dataloader.", "train_state.")
-"""What frameworks keep beside a model in one DCP directory; never part of an export."""
-
+from ckpt_core.locate import OTHER_COMPONENTS, find_prefix
 
 @dataclass(frozen=True, slots=True)
 class Output:

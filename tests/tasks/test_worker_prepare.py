@@ -155,9 +155,9 @@ def test_missing_tokenizer_and_model(tmp_path):
     """A tokenizer or pretrained model that is not there is named."""
     source = write_text(tmp_path / "text")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ArgumentError, match="no tokenizer at '.*empty'"):
+    with pytest.raises(ArgumentError, match=r"no tokenizer at '.*empty'"):
         prepare(TINY, tiny_data(source), tmp_path / "prepared", tmp_path / "empty")
-    with pytest.raises(ArgumentError, match="no pretrained model at '.*empty'"):
+    with pytest.raises(ArgumentError, match=r"no pretrained model at '.*empty'"):
         prepare(ModelSettings(pretrained=str(tmp_path / "empty")), tiny_data(source), tmp_path / "prepared")
 
 

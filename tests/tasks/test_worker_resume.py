@@ -112,15 +112,15 @@ def test_killed_and_resumed_on_cuda(server, prepared, tmp_path):
 
 def test_term_commits_and_says_unfinished(server, prepared, tmp_path):
     """After TERM all ranks commit the same step and exit with 143; started again, the weights are the same bits."""
-    settings = {"ranks": 2, "end_step": 60, "checkpoint_every": 1000, "evaluate_every": 20}
+    settings = {"ranks": 2, "end_step": 30, "checkpoint_every": 1000, "evaluate_every": 20}
     whole, stopped = (tiny_job(prepared, tmp_path / name, **settings) for name in ("whole", "stopped"))
     assert server.run(whole)["codes"] == [0, 0]
-    outcome = server.run(stopped, term_at="step 1/60")
+    outcome = server.run(stopped, term_at="step 1/30")
     assert outcome["codes"] == [143, 143], outcome["output"]
     (step,) = committed_steps(stopped)
-    assert 1 <= step < 60
+    assert 1 <= step < 30
     assert server.run(stopped)["codes"] == [0, 0]
-    assert committed_steps(stopped) == [step, 60]
+    assert committed_steps(stopped) == [step, 30]
     assert final_state(stopped) == final_state(whole)
     assert step_records(stopped) == step_records(whole)
 

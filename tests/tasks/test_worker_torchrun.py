@@ -38,9 +38,9 @@ def test_torchrun(prepared, tmp_path, monkeypatch, ranks):
 def test_without_torchrun(prepared, tmp_path):
     """Started as a plain module the worker is a group of one, and its weights evaluate to what it noted."""
     from transformers import AutoModelForCausalLM
+    from worker_support import TINY, write_job
 
     from ckpt_core import PyTorchCheckpoint
-    from worker_support import TINY, write_job
     from tasks.worker.model import build_model
     from tasks.worker.tokenizer import load_tokenizer
 
