@@ -44,7 +44,7 @@ class PyTorchCheckpoint(DataClassJsonMixin):
 
     Raises:
         ArgumentError (a TypeError and ValueError): none of the three is given, the hyperparameters are of another
-            type, or one of them has the name of a state.
+            type, one of them has the name of a state, or module or optimizer is none.
     """
 
     module: torch.nn.Module | None = None
@@ -53,6 +53,10 @@ class PyTorchCheckpoint(DataClassJsonMixin):
     _reference: Reference | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        for name, what in (("module", "torch.nn.Module"), ("optimizer", "torch.optim.Optimizer")):
+            given = getattr(self, name)
+            if isinstance(given, type) or not (given is None or hasattr(given, "state_dict")):
+                raise ArgumentError(f"{name}: expected an instance of {what}, found {given!r:.80}.")
         values = _as_dict(self.hyperparameters)
         if self.module is None and self.optimizer is None and not values:
             raise ArgumentError("PyTorchCheckpoint(): empty; give at least one of module, hyperparameters, optimizer.")
@@ -115,6 +119,8 @@ class PyTorchCheckpoint(DataClassJsonMixin):
 
         if self.module is None and self.optimizer is None and self._reference is not None:
             raise ArgumentError(f"{self.url}: saved already, and nothing of it is in memory; restore it first.")
+        if scheduler is not None and self.optimizer is None:
+            raise ArgumentError("save: a scheduler's state goes with its optimizer's; give the checkpoint one.")
 
         def manifest(files: Mapping[str, FileRecord], world_size: int) -> Manifest:
             return Manifest(
@@ -152,7 +158,7 @@ class PyTorchCheckpoint(DataClassJsonMixin):
 
         Args:
             module: filled in place.
-            optimizer: filled in place; needs `module`, whose parameters it must update.
+            optimizer: filled in place; needs `module`, whose parameters it updates, if it was saved with one.
             scheduler: filled in place, with the optimizer.
             rng: also set this rank's random number generators.
 
@@ -164,18 +170,22 @@ class PyTorchCheckpoint(DataClassJsonMixin):
             CheckpointError: there is no such state, or it is damaged or hostile.
         """
         from ckpt_core import ranks, trainer
-        from ckpt_core.restore import load_model, load_optimizer
+        from ckpt_core.restore import load_model, load_numbered_optimizer, load_optimizer
         from ckpt_core.state import OptimizerState
 
-        if optimizer is not None and module is None:
-            raise ArgumentError("restore: an optimizer's state goes by its module's names; give the module too.")
+        if scheduler is not None and optimizer is None:
+            raise ArgumentError("restore: a scheduler's state goes with its optimizer's; give the optimizer too.")
         checkpoint = ranks.together(self._stored)
         with checkpoint.lease():
             if module is not None:
                 load_model(module, self._component(checkpoint, "model"))
-            if module is not None and optimizer is not None:
-                state = OptimizerState(module, optimizer, scheduler)
-                load_optimizer(state, self._component(checkpoint, "optimizer"))
+                if optimizer is not None:
+                    state = OptimizerState(module, optimizer, scheduler)
+                    load_optimizer(state, self._component(checkpoint, "optimizer"))
+            elif optimizer is not None:
+                if checkpoint.component("model") is not None:
+                    raise ArgumentError("restore: this optimizer was saved by its module's names; give the module too.")
+                load_numbered_optimizer(optimizer, scheduler, self._component(checkpoint, "optimizer"))
             directory = checkpoint.component("trainer")
             if directory is None:
                 return {}
@@ -357,7 +367,10 @@ class PyTorchCheckpoint(DataClassJsonMixin):
 
         checkpoint = self._stored()
         with checkpoint.lease():
-            return state_dicts.read(self._component(checkpoint, component), component)
+            directory = self._component(checkpoint, component)
+            if component == "model":
+                return state_dicts.read_model(directory)
+            return state_dicts.read_optimizer(directory)[0]
 
 
 @dataclass(frozen=True)

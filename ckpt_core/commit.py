@@ -98,7 +98,8 @@ def _optimizer_content(parts: Parts) -> dict[str, Any]:
         return OptimizerState(parts.module, parts.optimizer, parts.scheduler).content()
     optim = parts.optimizer.state_dict()
     optim["state"] = {str(number): state for number, state in optim["state"].items()}
-    return storable({"optim": optim}, OPTIMIZER_KEY)
+    sched = {} if parts.scheduler is None else {"sched": parts.scheduler.state_dict()}
+    return storable({"optim": optim, **sched}, OPTIMIZER_KEY)
 
 
 def _write_assets(directory: Path, parts: Parts) -> Files:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
@@ -45,8 +45,13 @@ class ModelState(Stateful):
         return get_model_state_dict(self.model, options=_OFFLOADED)
 
     def content(self) -> dict[str, Any]:
-        """Return what is saved: the state dict, readable without running code."""
-        return storable(self.state_dict(), MODEL_KEY)
+        """Return what is saved: the state dict, readable without running code.
+
+        Raises:
+            ArgumentError (a ValueError): something in it could not be read back.
+        """
+        with _named_values(self.model.state_dict, MODEL_KEY):
+            return storable(self.state_dict(), MODEL_KEY)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Put the state into the model.
@@ -89,9 +94,14 @@ class OptimizerState(Stateful):
         return state_dict
 
     def content(self) -> dict[str, Any]:
-        """Return what is saved: the state dict, readable without running code, marked where no step was taken."""
+        """Return what is saved: the state dict, readable without running code, marked where no step was taken.
+
+        Raises:
+            ArgumentError (a ValueError): something in it could not be read back.
+        """
         marks = {} if self.optimizer.state else {UNUSED_KEY: True}
-        return storable({**self.state_dict(), **marks}, OPTIMIZER_KEY)
+        with _named_values(self.optimizer.state_dict, "optim"):
+            return storable({**self.state_dict(), **marks}, OPTIMIZER_KEY)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Put the state into the optimizer and, where there is one on both sides, the scheduler.
@@ -156,6 +166,18 @@ def _set_aside_gradients(optimizer: torch.optim.Optimizer) -> Generator[None]:
     finally:
         for parameter, gradient in held:
             parameter.grad = gradient
+
+
+@contextmanager
+def _named_values(state_dict: Callable[[], dict[str, Any]], where: str) -> Generator[None]:
+    """Name the value that torch could not move to the CPU: its own error tells the type alone."""
+    try:
+        yield
+    except ArgumentError:
+        raise
+    except ValueError:
+        storable(state_dict(), where)
+        raise
 
 
 def storable(value: Any, where: str) -> Any:

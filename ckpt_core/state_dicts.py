@@ -17,17 +17,18 @@ from ckpt_core.format.index import Keys, read_index
 from ckpt_core.state import MODEL_KEY, OPTIMIZER_KEY, UNUSED_KEY
 
 
-def read(directory: Path, component: str) -> dict[str, Any]:
-    """Read `model` as `torch.nn.Module`, or `optimizer` as `torch.optim.Optimizer`, would have it.
+def read_model(directory: Path) -> dict[str, Any]:
+    """Read a model as `torch.nn.Module.state_dict` gives it, on the first GPU if there is one, as flytekit has it."""
+    return _read(directory).get(MODEL_KEY, {})
 
-    Tensors lie on the first GPU if there is one, as in a checkpoint that flytekit loads.
-    """
-    device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    state = _in_saved_order(io.read_state(directory, device), read_index(directory).paths)
-    if component == "model":
-        return state.get(MODEL_KEY, {})
-    saved = state[OPTIMIZER_KEY]
-    return _numbered({**saved["optim"], "state": {}} if UNUSED_KEY in saved else saved["optim"])
+
+def read_optimizer(directory: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Read an optimizer as `torch.optim.Optimizer.state_dict` gives it, and its scheduler's state if it has one."""
+    saved: dict[str, Any] = _read(directory)[OPTIMIZER_KEY]
+    optim: dict[str, Any] = saved["optim"]
+    if UNUSED_KEY in saved:
+        optim = {**optim, "state": {}}
+    return _numbered(optim), saved.get("sched")
 
 
 def nest(flat: Mapping[str, Any], paths: Mapping[str, Keys]) -> dict[str, Any]:
@@ -62,6 +63,11 @@ def _built(node: Any) -> Any:
     if node and all(isinstance(key, int) for key in node):
         return [_built(node[place]) for place in sorted(node)]
     return {key: _built(value) for key, value in node.items()}
+
+
+def _read(directory: Path) -> dict[str, Any]:
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    return _in_saved_order(io.read_state(directory, device), read_index(directory).paths)
 
 
 def _in_saved_order(state: dict[str, Any], paths: Mapping[str, Keys]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from ckpt_core.format import dtypes
 from ckpt_core.format.index import Index, Shape, TensorEntry
 from ckpt_core.locate import OTHER_COMPONENTS, find_prefix
 
+
 @dataclass(frozen=True, slots=True)
 class Output:
     """One tensor of the export: made of the one stored tensor `source`, cast to `dtype` where that differs."""

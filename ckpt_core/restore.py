@@ -1,0 +1,160 @@
+"""Filling live objects from a DCP directory, at any number of ranks, whatever framework wrote it."""
+
+# torch.distributed's tensors are only partly annotated.
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from ckpt_core import io, ranks
+from ckpt_core.errors import MismatchError
+from ckpt_core.format.index import METADATA_NAME, Index, Keys, TensorEntry, read_index
+from ckpt_core.locate import OTHER_COMPONENTS, find_prefix
+from ckpt_core.state import OPTIMIZER_KEY, UNUSED_KEY, ModelState, OptimizerState
+from ckpt_core.state_dicts import like, nest, read_optimizer
+
+_EXTRA = "_extra_state"
+_log = logging.getLogger(__name__)
+
+
+def load_model(model: torch.nn.Module, directory: Path) -> None:
+    """Collective: fill a model from the DCP directory, whatever its names have in front of the model's.
+
+    Raises:
+        MismatchError: a tensor of the model is not in it, or has another shape there.
+    """
+    state = ModelState(model)
+    own = state.state_dict()
+    tensors = {name: value for name, value in own.items() if not _is_extra(name)}
+    index = ranks.together(lambda: read_index(directory))
+    prefix = ranks.together(lambda: find_prefix(index, tensors, str(directory)))
+    _tell_unread(index, prefix, own, directory)
+    flat = {prefix + name: value for name, value in tensors.items()}
+    extra = {name: _blank(index, name) for name in _in_saved_order(index, prefix) if _is_extra(name)}
+    read = flat | extra
+    io.load(read, directory)
+    loaded = {name: read[prefix + name] for name in tensors}
+    loaded |= nest({name: read[name] for name in extra}, {name: _extra_path(index, name, prefix) for name in extra})
+    state.load_state_dict({name: loaded.get(name, own[name]) for name in own})
+
+
+def load_optimizer(state: OptimizerState, directory: Path) -> None:
+    """Collective: fill an optimizer and scheduler from the DCP directory that `save_checkpoint` made of them.
+
+    Raises:
+        MismatchError: the checkpoint's optimizer has other parameters, or state of another kind.
+    """
+    if not (directory / METADATA_NAME).exists() and (directory / "optimizer" / METADATA_NAME).exists():
+        directory = directory / "optimizer"
+    index = ranks.together(lambda: read_index(directory))
+    flat = ranks.together(lambda: _optimizer_targets(state, index, directory))
+    io.load(flat, directory)
+    loaded = nest(flat, index.paths)[OPTIMIZER_KEY]
+    optim = {"state": {}, **loaded["optim"]}
+    if UNUSED_KEY in loaded:
+        optim["state"] = {}
+    filled = {"optim": optim}
+    if "sched" in loaded and state.scheduler is not None:
+        filled["sched"] = like(state.scheduler.state_dict(), loaded["sched"])
+    state.load_state_dict(filled)
+
+
+def load_numbered_optimizer(optimizer: torch.optim.Optimizer, scheduler: Any | None, directory: Path) -> None:
+    """Fill an optimizer, and its scheduler, that was saved without its module: by the numbers of its parameters.
+
+    Raises:
+        MismatchError: it has other groups.
+    """
+    optim, sched = read_optimizer(directory)
+    try:
+        optimizer.load_state_dict(optim)
+    except ValueError as error:
+        raise MismatchError(f"{directory}: {error}; load it into the optimizer that it was saved from.") from None
+    if sched is not None and scheduler is not None:
+        scheduler.load_state_dict(like(scheduler.state_dict(), sched))
+
+
+def _optimizer_targets(state: OptimizerState, index: Index, directory: Path) -> dict[str, Any]:
+    """Return what to read of an optimizer, by flat name: tensors in the shape and sharding that the live one has."""
+    root = f"{OPTIMIZER_KEY}."
+    targets: dict[str, Any] = {name: None for name in _names(index, root) if name in index.values}
+    if not _names(index, f"{root}optim.param_groups."):
+        held = ", ".join(_names(index, "")[:3])
+        raise MismatchError(f"{directory}: holds no optimizer ({held}, ...); give the optimizer's directory.")
+    parameters = _parameters(state)
+    live = state.state_dict()["optim"]["state"]
+    for name in [name for name in _names(index, root) if name in index.tensors]:
+        place, parameter, key = (*index.paths.get(name, ()), *[None] * 5)[2:5]
+        if place == "state" and parameter in parameters:
+            pattern = live.get(parameter, {}).get(key)
+            targets[name] = _target(index.tensors[name], parameters[parameter], pattern, f"{directory}: {name}")
+        else:
+            targets[name] = _blank(index, name)
+    return targets
+
+
+def _target(entry: TensorEntry, parameter: torch.Tensor, pattern: Any, where: str) -> torch.Tensor:
+    """Return a tensor to read a parameter's state into: like the live state, or the parameter, or what is stored."""
+    dtype = getattr(torch, entry.dtype)
+    if isinstance(pattern, torch.Tensor):
+        if tuple(pattern.shape) != entry.shape:
+            raise MismatchError(
+                f"{where} has shape {entry.shape}, the optimizer's has {tuple(pattern.shape)}; load it into the "
+                "optimizer that it was saved from."
+            )
+        return torch.empty_like(pattern, dtype=dtype)
+    if isinstance(parameter, DTensor) and tuple(parameter.shape) == entry.shape:
+        return torch.empty_like(parameter.detach().to("cpu"), dtype=dtype)
+    return torch.empty(entry.shape, dtype=dtype)
+
+
+def _parameters(state: OptimizerState) -> dict[str, torch.Tensor]:
+    groups = zip(state.names(), state.optimizer.param_groups, strict=True)
+    return {name: p for names, group in groups for name, p in zip(names, group["params"], strict=True)}
+
+
+def _names(index: Index, prefix: str) -> list[str]:
+    return [name for name in (*index.tensors, *index.values) if name.startswith(prefix)]
+
+
+def _in_saved_order(index: Index, prefix: str) -> list[str]:
+    place = {name: place for place, name in enumerate(index.paths)}
+    return sorted(_names(index, prefix), key=lambda name: place.get(name, len(place)))
+
+
+def _blank(index: Index, name: str) -> torch.Tensor | None:
+    """Return a place to read an entry of a checkpoint into."""
+    entry = index.tensors.get(name)
+    return None if entry is None else torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
+
+
+def _is_extra(name: str) -> bool:
+    return _EXTRA in name.split(".")
+
+
+def _extra_path(index: Index, name: str, prefix: str) -> Keys:
+    """Return the module's name of an extra state, and where in it the entry `name` belongs."""
+    path = index.paths.get(name, (name,))
+    end = 1 + next(place for place, key in enumerate(path) if str(key).split(".")[-1] == _EXTRA)
+    return (".".join(map(str, path[:end])).removeprefix(prefix), *path[end:])
+
+
+def _tell_unread(index: Index, prefix: str, own: Mapping[str, Any], directory: Path) -> None:
+    unread = [
+        name
+        for name in index.tensors
+        if name.startswith(prefix)
+        and name.removeprefix(prefix) not in own
+        and not _is_extra(name)
+        and not name.startswith(OTHER_COMPONENTS)
+    ]
+    if unread:
+        count = len(unread)
+        _log.warning("%s: %d tensors are not the model's and stay unread, such as %s", directory, count, unread[0])
