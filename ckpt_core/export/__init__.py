@@ -24,7 +24,16 @@ from ckpt_core.format.index import METADATA_NAME, read_index
 from ckpt_core.format.manifest import digest_bytes
 from ckpt_core.store import Checkpoint, rename_new
 
-__all__ = ["EXPORT_NAME", "Assets", "Export", "check_target", "convert", "convert_checkpoint", "plan_export", "read_export"]
+__all__ = [
+    "EXPORT_NAME",
+    "Assets",
+    "Export",
+    "check_target",
+    "convert",
+    "convert_checkpoint",
+    "plan_export",
+    "read_export",
+]
 
 EXPORT_NAME = "export.json"
 FORMAT_VERSION = 1
