@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+
+from ckpt_core.errors import ArgumentError, CommitError, StepExistsError
 
 
 def write_new(path: Path, data: bytes) -> None:
@@ -60,17 +63,55 @@ def files_below(root: Path) -> Iterator[tuple[str, Path]]:
 
 
 def copy_tree(source: Path, target: Path) -> None:
-    """Copy the regular files below `source` to `target`, each flushed to the device; links are followed."""
+    """Copy the files below `source` to `target`, each flushed to the device; links to files are followed.
+
+    Raises:
+        ArgumentError: something there is no file.
+    """
     for name, path in files_below(source):
+        if not path.is_file():
+            raise ArgumentError(f"{path}: neither a file nor a link to one; take it out of the directory.")
         copy = target / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         write_new(copy, path.read_bytes())
 
 
 def remove_tree(path: Path) -> None:
-    """Delete a directory and all that is in it; one that is gone already is fine."""
-    with suppress(FileNotFoundError):
-        shutil.rmtree(path)
+    """Delete a directory and all that is in it; others may delete the same at the same time."""
+    while os.path.lexists(path):
+        with suppress(FileNotFoundError):
+            shutil.rmtree(path)
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory with its parents, so that they survive a power cut; one that exists is fine."""
+    if path.is_dir():
+        return
+    make_directory(path.parent)
+    path.mkdir(exist_ok=True)
+    sync_directory(path.parent)
+
+
+def rename_new(source: Path, target: Path) -> None:
+    """Give the directory `source` the name `target`, which nothing may have (an empty directory may), durably.
+
+    Raises:
+        StepExistsError: `target` is taken; nothing was changed.
+        CommitError: renamed, but it may not survive a power cut.
+    """
+    try:
+        source.rename(target)
+    except OSError as error:
+        if error.errno in {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}:
+            raise StepExistsError(f"{target}: exists and is never overwritten; save under another name.") from None
+        raise
+    try:
+        sync_directory(target.parent)
+    except OSError as error:
+        raise CommitError(
+            f"{target}: written and named, but flushing its directory failed ({error}); it may not survive a power "
+            "cut. Check the disk, then save the next step."
+        ) from error
 
 
 def _sync(path: Path, flags: int) -> None:

@@ -9,8 +9,6 @@ Readers hold a shared lock on a step's manifest; a pruner takes it alone, so tha
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import logging
 import os
 import re
@@ -20,15 +18,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import unquote, urlsplit
 
-from ckpt_core import durable
-from ckpt_core.errors import ArgumentError, CommitError, DamagedError, NotACheckpointError, StepExistsError
+from ckpt_core import durable, locks
+from ckpt_core.durable import rename_new
+from ckpt_core.errors import ArgumentError, DamagedError, NotACheckpointError, StepExistsError
 from ckpt_core.format.manifest import MANIFEST_NAME, Manifest, read_manifest
+from ckpt_core.urls import local_path
+
+__all__ = [
+    "Checkpoint", "LocalStore", "Staging", "Store", "local_path", "open_checkpoint", "open_store", "parse_step",
+    "rename_new", "step_name",
+]  # fmt: skip
 
 MAX_STEP = 10**10 - 1
 _STEP_NAME = re.compile(r"step_([0-9]{10})")
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_STAGING, _TRASH = ".staging-", ".trash-"
 _log = logging.getLogger(__name__)
 
 
@@ -62,7 +67,7 @@ class Checkpoint:
     @contextmanager
     def lease(self) -> Generator[None]:
         """Hold the checkpoint while reading it: a pruner leaves it alone meanwhile."""
-        with _locked(self.path / MANIFEST_NAME, fcntl.LOCK_SH) as held:
+        with locks.locked(self.path / MANIFEST_NAME, locks.SHARED) as held:
             if not held:
                 raise NotACheckpointError(f"{self.path}: deleted by a pruner before it could be read.")
             yield
@@ -141,15 +146,22 @@ class LocalStore:
         """Return the names of the runs that have a committed step, sorted."""
         if not self.root.is_dir():
             return []
-        return [p.name for p in sorted(self.root.iterdir()) if p.is_dir() and _step_directories(p)]
+        names = sorted(p.name for p in self.root.iterdir() if _RUN_NAME.fullmatch(p.name))
+        return [name for name in names if _step_directories(self.root / name)]
 
     def list(self, run: str) -> list[Checkpoint]:
         """Return the committed steps of a run, oldest first; damaged ones are left out and logged."""
-        return list(reversed(list(self._newest_first(run))))
+        return list(reversed(list(_newest_first(_step_directories(self._run_directory(run))))))
 
     def latest(self, run: str) -> Checkpoint | None:
         """Return the newest committed step of a run that is all there, or None."""
-        return next(self._newest_first(run), None)
+        seen: list[Path] = []
+        while (paths := _step_directories(self._run_directory(run))) != seen:
+            newest = next(_newest_first(paths), None)
+            if newest is not None:
+                return newest
+            seen = paths  # a pruner may have deleted them after a newer one was committed: look again
+        return None
 
     def stage(self, run: str, step: int) -> Staging:
         """Make a staging directory for a step, locked by this process; debris of dead ones is removed.
@@ -166,17 +178,18 @@ class LocalStore:
                 f"{target}: step {step} of run {run!r} is committed, and a committed step never changes; save "
                 "under another step or run."
             )
-        directory.mkdir(parents=True, exist_ok=True)
-        durable.sync_directory(directory.parent)
+        durable.make_directory(directory)
         self._sweep(directory)
-        path = directory / f".staging-{step_name(step)}-{uuid.uuid4().hex}"
-        self._locks[path] = _make_locked(path)
+        path = directory / f"{_STAGING}{step_name(step)}-{uuid.uuid4().hex}"
+        self._locks[path] = locks.make_locked(path)
         return Staging(path, target)
 
     def release(self, staging: Staging) -> None:
         """End what `stage` began; without a commit, nothing of it stays."""
-        durable.remove_tree(staging.path)
-        os.close(self._locks.pop(staging.path))
+        try:
+            durable.remove_tree(staging.path)
+        finally:
+            os.close(self._locks.pop(staging.path))
 
     def prune(self, run: str, *, keep_last: int) -> list[int]:
         """Delete all but the newest `keep_last` steps; one that is being read stays until the next time.
@@ -192,13 +205,6 @@ class LocalStore:
         self._sweep(directory)
         return [c.step for c in self.list(run)[:-keep_last] if self._delete(c)]
 
-    def _newest_first(self, run: str) -> Iterator[Checkpoint]:
-        for path in reversed(_step_directories(self._run_directory(run))):
-            try:
-                yield open_checkpoint(path)
-            except (DamagedError, NotACheckpointError) as error:
-                _log.warning("skipped: %s", error)
-
     def _run_directory(self, run: str) -> Path:
         if not _RUN_NAME.fullmatch(run):
             raise ArgumentError(f"run {run!r}: expected 1 to 64 letters, digits, '.', '_' or '-', no '.' first.")
@@ -207,19 +213,19 @@ class LocalStore:
     def _sweep(self, directory: Path) -> None:
         """Delete what dead writers and dead pruners left."""
         for path in directory.iterdir():
-            if path.name.startswith(".trash-"):
+            if path.name.startswith(_TRASH):
                 durable.remove_tree(path)
-            elif path.name.startswith(".staging-"):
-                with _locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB) as held:
+            elif path.name.startswith(_STAGING):
+                with locks.locked(path, locks.EXCLUSIVE_NOW) as held:
                     if held:
                         durable.remove_tree(path)
 
     def _delete(self, checkpoint: Checkpoint) -> bool:
-        with _locked(checkpoint.path / MANIFEST_NAME, fcntl.LOCK_EX | fcntl.LOCK_NB) as held:
+        with locks.locked(checkpoint.path / MANIFEST_NAME, locks.EXCLUSIVE_NOW) as held:
             if not held:
                 _log.warning("%s: being read, so not deleted", checkpoint.path)
                 return False
-            trash = checkpoint.path.with_name(f".trash-{checkpoint.path.name}-{uuid.uuid4().hex}")
+            trash = checkpoint.path.with_name(f"{_TRASH}{checkpoint.path.name}-{uuid.uuid4().hex}")
             checkpoint.path.rename(trash)
             durable.sync_directory(trash.parent)
         durable.remove_tree(trash)
@@ -239,9 +245,16 @@ def open_checkpoint(url: str | Path) -> Checkpoint:
         DamagedError: its manifest is damaged, or a file is missing or has another size.
     """
     path = local_path(url)
-    if not (path / MANIFEST_NAME).is_file():
-        raise NotACheckpointError(f"{path}: no {MANIFEST_NAME}, so no committed step; see `ckpt list` of the store.")
-    manifest = read_manifest(path)
+    if path.name.startswith((_STAGING, _TRASH)):
+        raise NotACheckpointError(f"{path}: never committed, or deleted; see `ckpt list` of the store.")
+    try:
+        manifest = read_manifest(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise NotACheckpointError(
+            f"{path}: no {MANIFEST_NAME}, so no committed step; see `ckpt list` of the store."
+        ) from None
+    if parse_step(path.name) not in {None, manifest.step}:
+        raise DamagedError(f"{path}: its manifest is that of step {manifest.step}; give the directory its name back.")
     for name, record in manifest.files.items():
         file = path / name
         found = file.stat().st_size if file.is_file() else None
@@ -251,20 +264,6 @@ def open_checkpoint(url: str | Path) -> Checkpoint:
                 "bytes; restore a copy or delete the step."
             )
     return Checkpoint(path, manifest)
-
-
-def local_path(url: str | Path) -> Path:
-    """Return the absolute path that `url` names: a path or a `file://` URL.
-
-    Raises:
-        ArgumentError: a URL of another scheme.
-    """
-    parts = urlsplit(str(url))
-    if "://" not in str(url):
-        return Path(url).absolute()
-    if parts.scheme == "file" and parts.netloc in {"", "localhost"}:
-        return Path(unquote(parts.path))
-    raise ArgumentError(f"{url}: expected a local path or a file:// URL; other stores are not supported yet.")
 
 
 def step_name(step: int) -> str:
@@ -278,69 +277,16 @@ def parse_step(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def rename_new(source: Path, target: Path) -> None:
-    """Give the directory `source` the name `target`, which nothing may have (an empty directory may), durably.
-
-    Raises:
-        StepExistsError: `target` is taken; nothing was changed.
-        CommitError: renamed, but it may not survive a power cut.
-    """
-    try:
-        source.rename(target)
-    except OSError as error:
-        if error.errno in {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}:
-            raise StepExistsError(f"{target}: exists and is never overwritten; save under another name.") from None
-        raise
-    try:
-        durable.sync_directory(target.parent)
-    except OSError as error:
-        raise CommitError(
-            f"{target}: written and named, but flushing its directory failed ({error}); it may not survive a power "
-            "cut. Check the disk, then save the next step."
-        ) from error
-
-
 def _step_directories(directory: Path) -> list[Path]:
     if not directory.is_dir():
         return []
     return sorted(p for p in directory.iterdir() if parse_step(p.name) is not None)
 
 
-def _make_locked(path: Path) -> int:
-    """Make a directory and lock it; a sweeper that comes between the two deletes it, and it is made again."""
-    while True:
-        path.mkdir()
-        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        if _still_there(handle, path):
-            return handle
-        os.close(handle)
-
-
-@contextmanager
-def _locked(path: Path, mode: int) -> Generator[bool]:
-    """Try to lock `path` and tell whether that worked: False if it is held by others, gone or moved away."""
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        yield False
-        return
-    try:
-        yield _try_lock(handle, mode) and _still_there(handle, path)
-    finally:
-        os.close(handle)
-
-
-def _try_lock(handle: int, mode: int) -> bool:
-    try:
-        fcntl.flock(handle, mode)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _still_there(handle: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(handle), path.stat())
-    except FileNotFoundError:
-        return False
+def _newest_first(steps: list[Path]) -> Iterator[Checkpoint]:
+    for path in reversed(steps):
+        try:
+            yield open_checkpoint(path)
+        except (DamagedError, NotACheckpointError) as error:
+            if path.exists():  # else a pruner was faster
+                _log.warning("skipped: %s", error)

@@ -11,13 +11,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ckpt_core import durable, locks
 from ckpt_core.errors import CkptError, DamagedError
 from ckpt_core.export import EXPORT_NAME, plan_export, read_export, sha256_of
 from ckpt_core.export.assets import read_assets
-from ckpt_core.format.index import Index, read_index
+from ckpt_core.format.index import Index, check_files, read_index
 from ckpt_core.format.manifest import MANIFEST_NAME, record_file
 from ckpt_core.locate import find_dcp
 from ckpt_core.store import Checkpoint, local_path, open_checkpoint
+
+_WEIGHTS = ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,8 @@ def verify(url: str | Path, *, allow_nonfinite: bool = False) -> Report:
     if (path / EXPORT_NAME).is_file():
         return _report(path, "export", _export_checks(path, allow_nonfinite=allow_nonfinite))
     if (path / MANIFEST_NAME).is_file():
-        return _report(path, "checkpoint", _step_checks(path, allow_nonfinite=allow_nonfinite))
+        with locks.locked(path / MANIFEST_NAME, locks.SHARED):
+            return _report(path, "checkpoint", _step_checks(path, allow_nonfinite=allow_nonfinite))
     directory = find_dcp(path)
     return _report(directory, "dcp", {"values": lambda: _dcp_values(directory, allow_nonfinite=allow_nonfinite)})
 
@@ -93,14 +97,18 @@ def _step_checks(path: Path, *, allow_nonfinite: bool) -> Checks:
 
 
 def _digests(checkpoint: Checkpoint) -> str:
-    with checkpoint.lease():
-        for name, expected in checkpoint.manifest.files.items():
-            found = record_file(checkpoint.path / name)
-            if found != expected:
-                raise DamagedError(
-                    f"{checkpoint.path / name}: {found.digest}, the manifest says {expected.digest}; delete the step "
-                    "or restore a copy."
-                )
+    unlisted = {name for name, _ in durable.files_below(checkpoint.path)} - {MANIFEST_NAME, *checkpoint.manifest.files}
+    if unlisted:
+        raise DamagedError(
+            f"{checkpoint.path / min(unlisted)}: not in the manifest; a committed step never changes: delete the file."
+        )
+    for name, expected in checkpoint.manifest.files.items():
+        found = record_file(checkpoint.path / name)
+        if found != expected:
+            raise DamagedError(
+                f"{checkpoint.path / name}: {found.digest}, the manifest says {expected.digest}; delete the step "
+                "or restore a copy."
+            )
     return f"{len(checkpoint.manifest.files)} files, {checkpoint.manifest.nbytes:,} bytes as the manifest says"
 
 
@@ -110,15 +118,20 @@ def _fit(path: Path) -> str:
 
 
 def _dcp_values(directory: Path, *, allow_nonfinite: bool) -> str:
-    """Read every chunk whole, which checks its structure and CRC32, and look for NaN and Inf."""
-    import torch
+    """Read every chunk whole, which checks its structure and CRC32, and look for NaN and Inf; read every value."""
+    from ckpt_core.io.chunks import open_shard
+    from ckpt_core.io.reader import load_value
 
     index = read_index(directory)
+    check_files(directory, index)
     unchecked = 0
     for where, tensor, crc32 in _chunks(directory, index):
         unchecked += crc32 == 0
-        if not allow_nonfinite and (tensor.is_floating_point() or tensor.is_complex()):
-            _check_finite(bool(torch.isfinite(tensor).all()), where)
+        if not allow_nonfinite:
+            _check_finite(tensor, where)
+    for name, span in index.values.items():
+        with open_shard(directory / span.file) as file:
+            load_value(file, span, f"{directory / span.file}: {name}")
     elements = sum(math.prod(entry.shape) for entry in index.tensors.values())
     note = f"; {unchecked} chunks had no CRC32 and are unchecked" if unchecked else ""
     return f"{len(index.tensors)} tensors, {elements:,} elements, {_finite_said(allow_nonfinite)}{note}"
@@ -139,8 +152,13 @@ def _chunks(directory: Path, index: Index) -> Iterator[tuple[str, Any, int]]:
             yield where, tensor, payload.crc32 or int(payload.nbytes == 0)
 
 
-def _check_finite(finite: bool, where: str) -> None:
-    if not finite:
+def _check_finite(tensor: Any, where: str) -> None:
+    import torch
+
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return
+    wide = tensor.float() if tensor.itemsize == 1 else tensor  # torch has no isfinite for most 8-bit types
+    if not bool(torch.isfinite(wide).all()):
         raise DamagedError(f"{where}: holds NaN or Inf; the training diverged. Go back to an earlier step.")
 
 
@@ -165,18 +183,21 @@ def _export_digests(path: Path) -> str:
 
 
 def _export_values(path: Path, *, allow_nonfinite: bool) -> str:
-    import torch
     from safetensors import SafetensorError, safe_open
 
+    weights = {name for name in read_export(path).files if name.endswith(_WEIGHTS)}
+    unlisted = {file.name for file in path.glob(f"*{_WEIGHTS}")} - weights
+    if unlisted:
+        raise DamagedError(f"{path / min(unlisted)}: not in {EXPORT_NAME}; delete the file, or convert again.")
     count = 0
-    for file in sorted(path.glob("*.safetensors")):
+    for file in (path / name for name in sorted(weights)):
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - not a mapping
                     tensor = tensors.get_tensor(name)
                     count += 1
-                    if not allow_nonfinite and tensor.is_floating_point():
-                        _check_finite(bool(torch.isfinite(tensor).all()), f"{file}: {name}")
+                    if not allow_nonfinite:
+                        _check_finite(tensor, f"{file}: {name}")
         except SafetensorError as error:
             raise DamagedError(f"{file}: not safetensors ({error}); convert again.") from None
     return f"{count} tensors, {_finite_said(allow_nonfinite)}"

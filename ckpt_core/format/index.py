@@ -1,28 +1,33 @@
 """What a DCP directory says that it holds: tensors, their chunks, and where each lies.
 
-A DCP directory tells this in `.metadata`, a pickle. A checkpoint of ours has the same as JSON beside it,
-in `metadata.json`, which is read first, so that nothing of ours needs the pickle.
+A DCP directory tells this in `.metadata`, a pickle. A checkpoint of ours has the same as JSON beside it, in
+`.metadata.json`, which is read first, so that nothing of ours needs the pickle.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
-from ckpt_core.errors import DamagedError, NotACheckpointError
-from ckpt_core.format import dtypes, pickles
+from ckpt_core.errors import CkptError, DamagedError, NotACheckpointError
+from ckpt_core.format import dtypes, stock
+from ckpt_core.format.cover import Shape, gap_or_overlap
 
 METADATA_NAME = ".metadata"
-TWIN_NAME = "metadata.json"
+TWIN_NAME = ".metadata.json"
 TWIN_VERSION = 1
 MAX_METADATA_BYTES = 1 << 30
+MAX_RANK = 64
+_MAX = 1 << 62
 
-Shape = tuple[int, ...]
 Keys = tuple[str | int, ...]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,31 +76,52 @@ class Index:
         """Size of all tensors in bytes."""
         return sum(entry.nbytes for entry in self.tensors.values())
 
+    def spans(self) -> list[Span]:
+        """Return where every chunk and value lies."""
+        return [c.span for entry in self.tensors.values() for c in entry.chunks] + list(self.values.values())
+
 
 def read_index(directory: str | Path) -> Index:
     """Read what the DCP directory `directory` holds, from its JSON twin or its pickle, and check it.
 
     Raises:
-        NotACheckpointError: neither file is there.
+        NotACheckpointError: there is no `.metadata`.
         UntrustedError: the pickle asks for something that would run code.
         DamagedError: the metadata is not readable or contradicts itself.
     """
     directory = Path(directory)
-    twin = directory / TWIN_NAME
-    if twin.is_file() and (directory / METADATA_NAME).is_file():
-        index = _from_json(_read(twin), str(twin))
-        where = str(twin)
-    else:
-        pickled = directory / METADATA_NAME
-        if not pickled.exists():
-            raise NotACheckpointError(
-                f"{directory}: no {METADATA_NAME} in it, so no DCP checkpoint; give the directory that holds the "
-                f"{METADATA_NAME} and *.distcp files."
-            )
-        index = _from_pickle(_read(pickled), str(pickled))
-        where = str(pickled)
-    _check(index, where)
-    return index
+    pickled, twin = directory / METADATA_NAME, directory / TWIN_NAME
+    if not pickled.exists():
+        raise NotACheckpointError(
+            f"{directory}: no {METADATA_NAME} in it, so no DCP checkpoint; give the directory that holds the "
+            f"{METADATA_NAME} and *.distcp files."
+        )
+    path, read = (twin, _twin_document) if twin.exists() else (pickled, stock.read_document)
+    try:
+        return _index(read(_read(path), str(path)))
+    except CkptError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        said = str(error) if type(error) is ValueError else f"not DCP metadata ({type(error).__name__}: {error})"
+        raise DamagedError(f"{path}: {said[:500]}; restore a copy of the checkpoint.") from None
+
+
+def check_files(directory: Path, index: Index) -> None:
+    """Check that every file is there and as long as the metadata says, before memory is taken for what they hold.
+
+    Raises:
+        DamagedError: a file is missing, not a regular one, or cut short.
+    """
+    ends: dict[str, int] = {}
+    for span in index.spans():
+        ends[span.file] = max(ends.get(span.file, 0), span.offset + span.length)
+    for name, end in ends.items():
+        path = directory / name
+        size = path.stat().st_size if path.is_file() else None
+        if size is None:
+            raise DamagedError(f"{path}: missing, or not a regular file; restore a copy of the checkpoint.")
+        if size < end:
+            raise DamagedError(f"{path}: {size} bytes, the metadata names bytes up to {end}; restore a copy of it.")
 
 
 def twin_bytes(index: Index) -> bytes:
@@ -118,189 +144,100 @@ def twin_bytes(index: Index) -> bytes:
 
 def _read(path: Path) -> bytes:
     if not path.is_file():
-        raise DamagedError(f"{path}: not a regular file; restore a copy of the checkpoint.")
+        raise ValueError("not a regular file")
     size = path.stat().st_size
     if not 0 < size <= MAX_METADATA_BYTES:
-        raise DamagedError(f"{path}: {size} bytes, expected 1 to {MAX_METADATA_BYTES}; restore a copy of the file.")
+        raise ValueError(f"{size} bytes, expected 1 to {MAX_METADATA_BYTES}")
     return path.read_bytes()
 
 
-def _from_json(data: bytes, where: str) -> Index:
-    try:
-        document = json.loads(data)
-        if document["format_version"] != TWIN_VERSION:
-            raise DamagedError(
-                f"{where}: format_version {document['format_version']!r}, this library reads {TWIN_VERSION}; "
-                "update ckptflow."
-            )
-        tensors = {
-            name: TensorEntry(
-                str(entry["dtype"]),
-                tuple(entry["shape"]),
-                tuple(
-                    Chunk(tuple(offsets), tuple(sizes), Span(file, offset, length))
-                    for offsets, sizes, file, offset, length in entry["chunks"]
-                ),
-            )
-            for name, entry in document["tensors"].items()
-        }
-        values = {name: Span(*span) for name, span in document["values"].items()}
-        paths = {name: tuple(path) for name, path in document["paths"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        if isinstance(error, DamagedError):
-            raise
-        raise DamagedError(
-            f"{where}: not a metadata twin ({type(error).__name__}: {error}); restore a copy of the file."
-        ) from None
-    return Index(tensors, values, paths)
+def _twin_document(data: bytes, _: str) -> dict[str, Any]:
+    document = cast("dict[str, Any]", json.loads(data))
+    version = document.get("format_version")
+    if version != TWIN_VERSION:
+        raise ValueError(f"format_version {_brief(version)}, this library reads {TWIN_VERSION}; update ckptflow")
+    return document
 
 
-_METADATA = "torch.distributed.checkpoint.metadata"
-_Metadata = pickles.record("Metadata")
-_MetadataIndex = pickles.record("MetadataIndex")
-_TensorStorage = pickles.record("TensorStorageMetadata")
-_BytesStorage = pickles.record("BytesStorageMetadata")
-_StorageInfo = pickles.record("_StorageInfo")
-
-
-def _size(*args: Any) -> Shape:
-    return cast("Shape", tuple(args[0])) if args else ()
-
-
-_GLOBALS: dict[tuple[str, str], Any] = {
-    (_METADATA, "Metadata"): _Metadata,
-    (_METADATA, "MetadataIndex"): _MetadataIndex,
-    (_METADATA, "TensorStorageMetadata"): _TensorStorage,
-    (_METADATA, "TensorProperties"): pickles.record("TensorProperties"),
-    (_METADATA, "ChunkStorageMetadata"): pickles.record("ChunkStorageMetadata"),
-    (_METADATA, "BytesStorageMetadata"): _BytesStorage,
-    (_METADATA, "StorageMeta"): pickles.record("StorageMeta"),
-    (_METADATA, "_MEM_FORMAT_ENCODING"): pickles.constant(None),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _StorageInfo,
-    ("torch", "Size"): _size,
-    ("torch.serialization", "_get_layout"): pickles.constant(None),
-    ("pathlib", "PosixPath"): pickles.constant(None),
-    ("pathlib", "WindowsPath"): pickles.constant(None),
-    ("collections", "OrderedDict"): dict,
-    **{("torch", name): name for name in dtypes.NAMES},
-}
-
-
-def _from_pickle(data: bytes, where: str) -> Index:
-    metadata = pickles.loads(data, _GLOBALS, where)
-    try:
-        spans = _spans(metadata.storage_data, where)
-        tensors: dict[str, TensorEntry] = {}
-        values: dict[str, Span] = {}
-        for name, item in metadata.state_dict_metadata.items():
-            if isinstance(item, _TensorStorage):
-                tensors[name] = _tensor_entry(name, item, spans)
-            elif isinstance(item, _BytesStorage):
-                values[name] = spans[name, None]
-            else:
-                raise DamagedError(f"{where}: {name} is neither a tensor nor a value; restore a copy.")
-        planner_data = cast("dict[str, Any]", metadata.planner_data or {})
-        paths: dict[str, Keys] = {name: tuple(path) for name, path in planner_data.items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, DamagedError):
-            raise
-        raise DamagedError(
-            f"{where}: a pickle, but not DCP metadata ({type(error).__name__}: {error}); restore a copy of it."
-        ) from None
-    return Index(tensors, values, paths)
-
-
-def _spans(storage_data: Any, where: str) -> dict[tuple[str, Shape | None], Span]:
-    spans: dict[tuple[str, Shape | None], Span] = {}
-    for key, info in storage_data.items():
-        if info.state.get("transform_descriptors"):
-            raise DamagedError(
-                f"{where}: {key.fqn} is stored through the transforms {info.transform_descriptors}, which this "
-                "library does not read; save the checkpoint without them."
-            )
-        offset = key.state.get("offset")
-        spans[key.fqn, offset] = Span(info.relative_path, info.offset, info.length)
-    return spans
-
-
-def _tensor_entry(name: str, item: Any, spans: Mapping[tuple[str, Shape | None], Span]) -> TensorEntry:
-    shape = cast("Shape", item.size)
-    chunks = [Chunk(c.offsets, c.sizes, spans[name, c.offsets]) for c in item.chunks]
-    return TensorEntry(item.properties.state[0], shape, tuple(chunks))
-
-
-def _check(index: Index, where: str) -> None:
-    for name, entry in index.tensors.items():
-        if not (_is_name(name) and entry.dtype in dtypes.ITEMSIZE and _is_shape(entry.shape)):
-            raise DamagedError(f"{where}: {name!r} has dtype {entry.dtype!r}, shape {entry.shape!r}: no tensor.")
-        for chunk in entry.chunks:
-            _check_span(name, chunk.span, where)
-        check_cover(name, entry, where)
-    for name, span in index.values.items():
-        _check_span(name, span, where)
-
-
-def _is_name(name: object) -> bool:
-    return isinstance(name, str)
-
-
-def _is_shape(shape: Any) -> bool:
-    return isinstance(shape, tuple) and all(type(n) is int and 0 <= n < 1 << 62 for n in cast("tuple[Any, ...]", shape))
-
-
-def _check_span(name: str, span: Span, where: str) -> None:
-    file: Any = span.file
-    plain = isinstance(file, str) and file not in {"", ".", ".."} and not set("/\\\0") & set(file)
-    if not plain:
-        raise DamagedError(f"{where}: {name} lies in {file!r}, expected a plain file name in that directory.")
-    if type(span.offset) is not int or type(span.length) is not int or span.offset < 0 or span.length <= 0:
-        raise DamagedError(f"{where}: {name} lies at {span.offset!r}+{span.length!r} of {file}: no byte range.")
-
-
-def check_cover(name: str, entry: TensorEntry, where: str) -> None:
-    """Check that the chunks of a tensor cover each of its elements exactly once.
-
-    Raises:
-        DamagedError: a chunk is outside the shape, two overlap, or elements are left over.
-    """
-    rank = len(entry.shape)
-    for chunk in entry.chunks:
-        inside = (
-            _is_shape(chunk.offsets)
-            and _is_shape(chunk.sizes)
-            and len(chunk.offsets) == len(chunk.sizes) == rank
-            and all(o + s <= n for o, s, n in zip(chunk.offsets, chunk.sizes, entry.shape, strict=True))
-        )
-        if not inside:
-            raise DamagedError(
-                f"{where}: {name} has a chunk at {chunk.offsets!r} of size {chunk.sizes!r}, outside its shape "
-                f"{entry.shape}; restore a copy of the checkpoint."
-            )
-    stored = sum(math.prod(chunk.sizes) for chunk in entry.chunks)
-    if stored != math.prod(entry.shape):
-        raise DamagedError(
-            f"{where}: the chunks of {name} hold {stored} elements, its shape {entry.shape} has "
-            f"{math.prod(entry.shape)}; the save was not complete: restore a copy of the checkpoint."
-        )
-    _check_disjoint(name, [c for c in entry.chunks if math.prod(c.sizes)], where)
-
-
-def _check_disjoint(name: str, chunks: list[Chunk], where: str) -> None:
-    """Sweep along the first dimension, so that row-sharded tensors cost one comparison a chunk."""
-    active: list[Chunk] = []
-    for chunk in sorted(chunks, key=lambda c: c.offsets):
-        if chunk.offsets:
-            active = [a for a in active if a.offsets[0] + a.sizes[0] > chunk.offsets[0]]
-        for other in active:
-            if _overlap(chunk, other):
-                raise DamagedError(
-                    f"{where}: two chunks of {name} overlap, at {other.offsets} and {chunk.offsets}; restore a "
-                    "copy of the checkpoint."
-                )
-        active.append(chunk)
-
-
-def _overlap(a: Chunk, b: Chunk) -> bool:
-    return all(
-        ao < bo + bs and bo < ao + as_ for ao, as_, bo, bs in zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True)
+def _index(document: dict[str, Any]) -> Index:
+    """Check every type, number and name in the metadata, and that nothing overlaps or is left out."""
+    index = Index(
+        tensors=_each(document["tensors"], _tensor),
+        values=_each(document["values"], lambda _, value: _span(*value)),
+        paths=_each(document["paths"], _keys),
     )
+    both = index.tensors.keys() & index.values.keys()
+    if both:
+        raise ValueError(f"{_brief(min(both))} is a tensor and a value")
+    _check_apart(index)
+    return index
+
+
+def _each(items: Any, read: Callable[[str, Any], T]) -> dict[str, T]:
+    if not isinstance(items, dict):
+        raise TypeError(f"a {type(items).__name__} in place of a dict")
+    result: dict[str, T] = {}
+    for name, value in cast("dict[Any, Any]", items).items():
+        if not isinstance(name, str):
+            raise TypeError(f"a {type(name).__name__} for a name")
+        result[name] = read(name, value)
+    return result
+
+
+def _tensor(name: str, entry: Any) -> TensorEntry:
+    dtype, shape = entry["dtype"], _shape(entry["shape"])
+    if dtype not in dtypes.ITEMSIZE:
+        raise ValueError(f"{_brief(name)} has dtype {_brief(dtype)}, which is none that this library reads")
+    if math.prod(size or 1 for size in shape) >= _MAX:
+        raise ValueError(f"{_brief(name)} has shape {shape}, more than there can be")
+    chunks = tuple(Chunk(_shape(offsets), _shape(sizes), _span(*span)) for offsets, sizes, *span in entry["chunks"])
+    wrong = gap_or_overlap(shape, [(chunk.offsets, chunk.sizes) for chunk in chunks])
+    if wrong:
+        raise ValueError(f"{_brief(name)}: {wrong}; the save was not complete")
+    for chunk in chunks:
+        needed = math.prod(chunk.sizes) * dtypes.ITEMSIZE[dtype]
+        if needed > chunk.span.length:
+            raise ValueError(f"{_brief(name)} has a chunk of {needed} bytes in {chunk.span}, which is shorter")
+    return TensorEntry(dtype, shape, chunks)
+
+
+def _shape(value: Any) -> Shape:
+    if not isinstance(value, (list, tuple)) or len(cast("list[Any]", value)) > MAX_RANK:
+        raise ValueError(f"{_brief(value)}: no shape")
+    numbers = tuple(cast("list[Any]", value))
+    if not all(type(n) is int and 0 <= n < _MAX for n in numbers):
+        raise ValueError(f"{_brief(value)}: no shape")
+    return numbers
+
+
+def _span(file: Any, offset: Any, length: Any) -> Span:
+    plain = isinstance(file, str) and file not in {"", ".", ".."} and file.isprintable() and not set("/\\") & set(file)
+    if not plain:
+        raise ValueError(f"something lies in {_brief(file)}, expected the plain name of a file in that directory")
+    if type(offset) is not int or type(length) is not int or not 0 <= offset < _MAX or not 0 < length < _MAX:
+        raise ValueError(f"something lies at {_brief(offset)}+{_brief(length)} of {_brief(file)}: no range of bytes")
+    return Span(file, offset, length)
+
+
+def _keys(name: str, value: Any) -> Keys:
+    keys = tuple(cast("list[Any]", value)) if isinstance(value, (list, tuple)) else ()
+    if not keys or not all(type(key) is str or (type(key) is int and 0 <= key < _MAX) for key in keys):
+        raise ValueError(f"{_brief(name)} stood at {_brief(value)}: no path of keys")
+    return keys
+
+
+def _check_apart(index: Index) -> None:
+    spans = sorted((span.file, span.offset, span.length) for span in index.spans())
+    for (file, offset, length), (following, start, _) in pairwise(spans):
+        if file == following and start < offset + length:
+            raise ValueError(f"two items share bytes of {file}, from {start}")
+
+
+def _brief(value: Any) -> str:
+    """Return `value` for a message: short, however large or nested it is."""
+    return _REPR.repr(value)
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 200
+_REPR.maxlevel = 3

@@ -15,6 +15,7 @@ from ckpt_core.errors import DamagedError
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 _BLOCK = 4 << 20
+_MAX_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,8 @@ class Manifest:
 
     def digest(self) -> str:
         """Return the digest of everything the manifest says; as it names every file's, of the checkpoint."""
-        return digest_bytes(json.dumps(self._document(), sort_keys=True).encode())
+        plain = json.loads(json.dumps(self._document()))  # as it is read: with text for keys, in another order
+        return digest_bytes(json.dumps(plain, sort_keys=True).encode())
 
     def to_bytes(self) -> bytes:
         """Return the text of `manifest.json`."""
@@ -79,23 +81,54 @@ def read_manifest(directory: Path) -> Manifest:
         DamagedError: it is not a manifest, or its own digest does not match.
     """
     path = directory / MANIFEST_NAME
-    document: dict[str, Any] = {}
+    size = path.stat().st_size
+    if not path.is_file() or size > _MAX_BYTES:
+        raise DamagedError(f"{path}: not a regular file of at most {_MAX_BYTES} bytes; restore a copy.")
     try:
         document = cast("dict[str, Any]", json.loads(path.read_bytes()))
         version, stored = document.pop("format_version"), document.pop("digest")
+        _check_version(version, path)
         files = {str(name): FileRecord(**record) for name, record in document.pop("files").items()}
         manifest = Manifest(**document, files=files)
+        _check(manifest)
+    except DamagedError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError(
-            f"{path}: not a manifest ({type(error).__name__}: {error}); restore a copy or delete the step."
+            f"{path}: not a manifest ({type(error).__name__}: {str(error)[:200]}); restore a copy or delete the step."
         ) from None
-    if version != FORMAT_VERSION:
-        raise DamagedError(f"{path}: format_version {version!r}, this library reads {FORMAT_VERSION}; update ckptflow.")
     if stored != manifest.digest():
         raise DamagedError(
-            f"{path}: its content gives {manifest.digest()}, it says {stored}; restore a copy or delete the step."
+            f"{path}: its content gives {manifest.digest()}, it says {str(stored)[:99]}; restore a copy or delete the "
+            "step."
         )
     return manifest
+
+
+def _check_version(version: Any, path: Path) -> None:
+    if version != FORMAT_VERSION:
+        raise DamagedError(
+            f"{path}: format_version {str(version)[:40]}, this library reads {FORMAT_VERSION}; update ckptflow."
+        )
+
+
+def _check(manifest: Manifest) -> None:
+    """Check the types of what a manifest says, and that its files lie below it."""
+    expected = {"run": str, "step": int, "time": str, "world_size": int}
+    expected |= {
+        "module": str | None,
+        "optimizer": str | None,
+        "hyperparameters": dict,
+        "metrics": dict,
+        "lineage": dict,
+    }
+    for name, kind in expected.items():
+        if not isinstance(getattr(manifest, name), kind):
+            raise TypeError(f"{name} is a {type(getattr(manifest, name)).__name__}")
+    for name, record in manifest.files.items():
+        inside = name and "\0" not in name and not {"", ".", ".."} & set(name.split("/"))
+        if not (inside and type(record.bytes) is int and record.bytes >= 0 and type(record.digest) is str):
+            raise ValueError(f"the file {name[:200]!r}: no file of a step")
 
 
 def digest_bytes(data: bytes) -> str:

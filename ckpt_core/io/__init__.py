@@ -14,9 +14,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from ckpt_core.errors import CheckpointError, CommitError
-from ckpt_core.format.index import Keys, read_index
+from ckpt_core.errors import CheckpointError, CkptError, CommitError, MismatchError
+from ckpt_core.format.index import check_files, read_index
 from ckpt_core.format.manifest import FileRecord
+from ckpt_core.io.nesting import nest
 from ckpt_core.io.reader import SafeLoadPlanner, SafeReader, load_value
 from ckpt_core.io.writer import DigestWriter
 
@@ -35,7 +36,7 @@ def load(state_dict: dict[str, Any], directory: Path, *, partial: bool = False) 
         CheckpointError: the checkpoint is not there, damaged, hostile, or of another model.
     """
     planner = SafeLoadPlanner(directory, allow_partial_load=partial)
-    with _plain_errors():
+    with _plain_errors(MismatchError):
         dcp_load(state_dict, storage_reader=SafeReader(directory), planner=planner)
 
 
@@ -46,7 +47,7 @@ def save(state_dict: dict[str, Any], directory: Path, *, twin: bool = False) -> 
         Size and digest of each file that this rank wrote, by file name.
     """
     writer = DigestWriter(directory, twin=twin)
-    with _plain_errors():
+    with _plain_errors(CommitError):
         dcp_save(state_dict, storage_writer=writer)
     return writer.records
 
@@ -54,42 +55,22 @@ def save(state_dict: dict[str, Any], directory: Path, *, twin: bool = False) -> 
 def read_state(directory: Path, device: str = "cpu") -> dict[str, Any]:
     """Read all that a DCP directory holds, whatever it is, as the nested dict that was saved."""
     index = read_index(directory)
+    check_files(directory, index)
     flat: dict[str, Any] = {
         name: torch.empty(entry.shape, dtype=getattr(torch, entry.dtype), device=device)
         for name, entry in index.tensors.items()
     }
     flat.update(dict.fromkeys(index.values))
-    with _plain_errors():
+    with _plain_errors(MismatchError):
         dcp_load(flat, storage_reader=SafeReader(directory), planner=SafeLoadPlanner(directory), no_dist=True)
-    nested: dict[str, Any] = {}
-    for name, value in flat.items():
-        _put(nested, index.paths.get(name, (name,)), value)
-    return nested
-
-
-def _put(nested: dict[str, Any], path: Keys, value: Any) -> None:
-    """Put `value` at `path`; numbers in the path are keys of lists."""
-    *parents, last = path
-    here: Any = nested
-    for key, following in zip(parents, path[1:], strict=True):
-        empty: Any = [] if isinstance(following, int) else {}
-        here = _at(here, key, empty)
-    if isinstance(last, int):
-        _at(here, last, None)
-    here[last] = value
-
-
-def _at(container: Any, key: str | int, empty: Any) -> Any:
-    if not isinstance(key, int):
-        return container.setdefault(key, empty)
-    container.extend([None] * (key + 1 - len(container)))
-    if container[key] is None:
-        container[key] = empty
-    return container[key]
+    return nest(flat, index.paths, str(directory))
 
 
 class _plain_errors:  # noqa: N801 - reads as a statement
-    """Turns DCP's CheckpointException, which is no Exception, into the error that a rank had."""
+    """Turns DCP's CheckpointException, which is no Exception, into the error that a rank had, or else `otherwise`."""
+
+    def __init__(self, otherwise: type[CheckpointError]) -> None:
+        self._otherwise = otherwise
 
     def __enter__(self) -> None:
         self._warnings = warnings.catch_warnings()
@@ -99,6 +80,10 @@ class _plain_errors:  # noqa: N801 - reads as a statement
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._warnings.__exit__(None, None, None)
         if isinstance(error, CheckpointException):
-            failures = [failure for failure, _ in error.failures.values()]
-            known = [failure for failure in failures if isinstance(failure, (CheckpointError, OSError))]
-            raise (known or [CommitError(f"{type(failures[0]).__name__}: {failures[0]}")])[0] from None
+            raise self._plain([failure for failure, _ in error.failures.values()]) from None
+
+    def _plain(self, failures: list[BaseException]) -> BaseException:
+        for failure in failures:
+            if isinstance(failure, (CkptError, OSError)) or not isinstance(failure, Exception):
+                return failure
+        return self._otherwise(f"{type(failures[0]).__name__}: {failures[0]}")

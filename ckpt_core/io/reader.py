@@ -13,19 +13,21 @@ from typing import Any, BinaryIO
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from ckpt_core.errors import DamagedError, MismatchError, UntrustedError
-from ckpt_core.format.index import Index, Shape, Span, read_index
+from ckpt_core.format import pickles
+from ckpt_core.format.index import Chunk, Index, Shape, Span, check_files, read_index
+from ckpt_core.format.zips import read_all, read_into
 from ckpt_core.io.chunks import locate_chunk, open_shard, read_box
 from ckpt_core.io.metadata import to_metadata
 
 
 class SafeReader(StorageReader):
-    """Reads a DCP directory for `dcp.load`, with `SafeLoadPlanner` as its planner."""
+    """Reads a DCP directory for `dcp.load`; with any planner, nothing that it holds is run."""
 
     def __init__(self, path: str | Path) -> None:
         super().__init__()
@@ -41,6 +43,7 @@ class SafeReader(StorageReader):
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
         """Read what the directory holds, without running its pickle."""
         self.index = read_index(self.path)
+        check_files(self.path, self.index)
         return to_metadata(self.index)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *_: Any, **__: Any) -> None:
@@ -57,17 +60,18 @@ class SafeReader(StorageReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read each item of the plan into its tensor, file by file in order of position."""
         assert self.index is not None
-        spans = _spans(self.index)
+        chunks = _chunks(self.index)
         located = sorted(
-            ((spans[r.storage_index.fqn, _offsets(r)], r) for r in plan.items),
-            key=lambda pair: (pair[0].file, pair[0].offset),
+            ((chunks[item.storage_index.fqn, _offsets(item)], item) for item in plan.items),
+            key=lambda pair: (pair[0].span.file, pair[0].span.offset),
         )
         files: dict[str, BinaryIO] = {}
         try:
-            for span, item in located:
-                if span.file not in files:
-                    files[span.file] = open_shard(self.path / span.file)
-                self._read_item(files[span.file], span, item, planner)
+            for chunk, item in located:
+                name = chunk.span.file
+                if name not in files:
+                    files[name] = open_shard(self.path / name)
+                self._read_item(files[name], chunk, item, planner)
         finally:
             for file in files.values():
                 file.close()
@@ -75,18 +79,19 @@ class SafeReader(StorageReader):
         future.set_result(None)
         return future
 
-    def _read_item(self, file: BinaryIO, span: Span, item: ReadItem, planner: LoadPlanner) -> None:
+    def _read_item(self, file: BinaryIO, chunk: Chunk, item: ReadItem, planner: LoadPlanner) -> None:
         assert self.index is not None
         name = item.storage_index.fqn
-        where = f"{self.path / span.file}: {name}"
+        where = f"{self.path / chunk.span.file}: {name}"
         if item.type == LoadItemType.BYTE_IO:
-            file.seek(span.offset)
-            planner.load_bytes(item, io.BytesIO(file.read(span.length)))
+            buffer = io.BytesIO()
+            torch.save(load_value(file, chunk.span, where), buffer)  # the planner may be one that runs what it loads
+            buffer.seek(0)
+            planner.load_bytes(item, buffer)
             return
-        entry = self.index.tensors[name]
-        sizes = next(c.sizes for c in entry.chunks if c.offsets == _offsets(item))
         target = planner.resolve_tensor(item).detach()
-        read_box(file, locate_chunk(file, span, entry.dtype, sizes, where), target, tuple(item.storage_offsets), where)
+        payload = locate_chunk(file, chunk.span, self.index.tensors[name].dtype, chunk.sizes, where)
+        read_box(file, payload, target, tuple(item.storage_offsets), where)
         planner.commit_tensor(item, target)
 
     @classmethod
@@ -96,17 +101,17 @@ class SafeReader(StorageReader):
 
 
 class SafeLoadPlanner(DefaultLoadPlanner):
-    """DCP's planner, with values read by torch's restricted unpickler and names and shapes checked first."""
+    """DCP's planner, with names, kinds and shapes compared before anything is read."""
 
     def __init__(self, where: str | Path, *, allow_partial_load: bool = False) -> None:
         super().__init__(allow_partial_load=allow_partial_load)
         self._where = where
 
     def create_local_plan(self) -> LoadPlan:
-        """Compare the state dict with the checkpoint before anything is read.
+        """Compare the state dict with the checkpoint.
 
         Raises:
-            MismatchError: a tensor is not in the checkpoint, or has another shape there.
+            MismatchError: an entry is not in the checkpoint, or is of another kind or shape there.
         """
         assert self.metadata is not None
         stored = self.metadata.state_dict_metadata
@@ -118,44 +123,54 @@ class SafeLoadPlanner(DefaultLoadPlanner):
                 "it was saved from."
             )
         for name, value in self.state_dict.items():
-            item = stored.get(name)
-            if isinstance(item, TensorStorageMetadata) and isinstance(value, torch.Tensor) and item.size != value.shape:
-                raise MismatchError(
-                    f"{self._where}: {name} has shape {tuple(item.size)}, the model's has {tuple(value.shape)}; load "
-                    "it into the model that it was saved from."
-                )
+            if name in stored:
+                self._compare(name, stored[name], value)
         return super().create_local_plan()
 
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Read one value without running code."""
-        loaded = load_value(value.getvalue(), f"{self._where}: {read_item.dest_index.fqn}")
-        buffer = io.BytesIO()
-        torch.save(loaded, buffer)
-        buffer.seek(0)
-        super().load_bytes(read_item, buffer)
+    def _compare(self, name: str, item: TensorStorageMetadata | BytesStorageMetadata, value: Any) -> None:
+        found = tuple(item.size) if isinstance(item, TensorStorageMetadata) else "no tensor"
+        wanted = tuple(value.shape) if isinstance(value, torch.Tensor) else "no tensor"
+        if found != wanted:
+            raise MismatchError(
+                f"{self._where}: {name} has shape {found}, what it is loaded into has {wanted}; load it into the model "
+                "that it was saved from."
+            )
 
 
-def load_value(data: bytes, where: str) -> Any:
+def load_value(file: BinaryIO, span: Span, where: str) -> Any:
     """Read a value that `torch.save` wrote: numbers, text, lists, dicts and tensors; anything else is refused.
 
     Raises:
         UntrustedError: reading it would run code.
-        DamagedError: it is not readable.
+        DamagedError: it is not readable, or not what was written.
     """
+    pickles.loads(read_all(file, span, where).get("data.pkl", b""), _Anything(), where)
+    data = bytearray(span.length)
+    read_into(file, span.offset, memoryview(data), where)
     try:
         return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]
         raise UntrustedError(f"{where}: not plain data ({reason}); nothing was run. Save numbers and text.") from None
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # noqa: BLE001 - torch's unpickler raises whatever a hostile file makes it raise
         raise DamagedError(f"{where}: not a readable value ({error}); restore a copy of the checkpoint.") from None
 
 
-def _spans(index: Index) -> dict[tuple[str, Shape | None], Span]:
-    spans: dict[tuple[str, Shape | None], Span] = {(name, None): span for name, span in index.values.items()}
+class _Anything(dict[tuple[str, str], Any]):
+    """Stands for every global, so that only a pickle's structure is judged; torch judges the globals after it."""
+
+    def __missing__(self, key: tuple[str, str]) -> Any:
+        if key == ("builtins", "bytearray"):  # takes as much memory as a number says
+            raise KeyError(key)
+        return pickles.Record
+
+
+def _chunks(index: Index) -> dict[tuple[str, Shape | None], Chunk]:
+    """Return each chunk by name and offsets, and each value, as a chunk without either, by name."""
+    chunks: dict[tuple[str, Shape | None], Chunk] = {(n, None): Chunk((), (), s) for n, s in index.values.items()}
     for name, entry in index.tensors.items():
-        spans.update({(name, chunk.offsets): chunk.span for chunk in entry.chunks})
-    return spans
+        chunks.update({(name, chunk.offsets): chunk for chunk in entry.chunks})
+    return chunks
 
 
 def _offsets(item: ReadItem) -> Shape | None:

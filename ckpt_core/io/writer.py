@@ -67,12 +67,9 @@ class DigestWriter(StorageWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Append each item to this rank's file."""
         name: str = plan.storage_data
-        file = _DigestFile(self.path / name)
-        try:
+        with _DigestFile(self.path / name) as file:
             results = [_write_item(file, name, item, planner) for item in _tensors_last(plan.items)]
             self.records[name] = file.seal()
-        finally:
-            file.close()
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
@@ -112,14 +109,19 @@ def _write_item(file: _DigestFile, name: str, item: WriteItem, planner: SavePlan
     if isinstance(data, io.BytesIO):
         file.write(data.getbuffer())
     else:
-        torch.save(_compact(data), cast("IO[bytes]", file))
+        try:
+            torch.save(_compact(data), cast("IO[bytes]", file))
+        except RuntimeError:
+            if file.error is not None:  # torch tells of a full disk as "unexpected pos"
+                raise file.error from None
+            raise
     length = file.size - offset
     return WriteResult(index=item.index, size_in_bytes=length, storage_data=_StorageInfo(name, offset, length))
 
 
 def _compact(tensor: torch.Tensor) -> torch.Tensor:
     """Return the tensor on the CPU, row-major, with no storage around it: `torch.save` writes whole storages."""
-    tensor = tensor.detach().cpu().contiguous()
+    tensor = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
@@ -147,12 +149,18 @@ class _DigestFile(io.RawIOBase):
         self._file = os.fdopen(handle, "wb", buffering=_BUFFER)
         self._hasher = blake3()
         self.size = 0
+        self.error: OSError | None = None
+        """What the system said to the write that failed."""
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: Any, /) -> int:
-        self._file.write(data)
+        try:
+            self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
         self._hasher.update(data)
         size = memoryview(data).nbytes
         self.size += size
@@ -166,5 +174,6 @@ class _DigestFile(io.RawIOBase):
         return FileRecord(self.size, f"blake3:{self._hasher.hexdigest()}")
 
     def close(self) -> None:
-        self._file.close()
-        super().close()
+        if not self.closed:
+            super().close()
+            self._file.close()
