@@ -27,7 +27,11 @@ def make_optimizer(model: nn.Module, settings: TrainingStep) -> AdamW:
 
 
 def make_schedule(optimizer: Optimizer, *, steps: int, warmup_steps: int) -> LambdaLR:
-    """Return a schedule that counts from 0: a linear warm-up to the peak, then a cosine down to zero at `steps`."""
+    """Return a schedule that counts from 0: a linear warm-up to the peak, then a cosine down to zero at `steps`.
+
+    A warm-up longer than half of the steps is cut to that, so that short jobs reach the peak too.
+    """
+    warmup_steps = min(warmup_steps, steps // 2)
     return LambdaLR(optimizer, lambda step: peak_fraction(step, steps=steps, warmup_steps=warmup_steps))
 
 

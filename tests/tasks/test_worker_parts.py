@@ -146,9 +146,9 @@ def test_schedule():
     assert fractions[12] == pytest.approx(0.5)
     assert fractions[20] == pytest.approx(0.0)
     assert sorted(fractions[4:], reverse=True) == fractions[4:]
-    assert peak_fraction(2, steps=2, warmup_steps=8) == 0.375
     optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=8.0)
     assert make_schedule(optimizer, steps=20, warmup_steps=4).get_last_lr() == [2.0]
+    assert make_schedule(optimizer, steps=4, warmup_steps=100).get_last_lr() == [4.0]
 
 
 def test_history_stays_small_and_survives_json():

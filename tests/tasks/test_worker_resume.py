@@ -13,6 +13,7 @@ import torch
 from rank_server import RankServer
 from resume_campaign import run_campaign
 from worker_support import (
+    TINY_LLAMA,
     committed_steps,
     final_state,
     manifest,
@@ -22,7 +23,7 @@ from worker_support import (
 )
 
 from ckpt_core import PyTorchCheckpoint
-from tasks.config import ComputeSettings
+from tasks.config import ComputeSettings, ModelSettings
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +158,20 @@ def test_heldout_loss_is_the_same_in_any_number_of_ranks(uninterrupted):
     """The untrained model's held-out loss differs by less than 1e-4 between one rank and two."""
     initial = [manifest(uninterrupted(ranks)[0], 12).metrics["initial_heldout_loss"] for ranks in (1, 2)]
     assert initial[0] == pytest.approx(initial[1], abs=1e-4)
+
+
+def test_two_ranks_take_the_steps_of_one(server, prepared, tmp_path):
+    """Without dropout, two ranks see the losses and gradient norms that one rank sees: the same gradient."""
+    model = ModelSettings(architecture=TINY_LLAMA | {"attention_dropout": 0.0})
+    records = []
+    for ranks in (1, 2):
+        job = tiny_job(prepared, tmp_path / f"ranks{ranks}", ranks=ranks, end_step=6, micro_batch_size=3)
+        job = job.model_copy(update={"model": model})
+        assert server.run(job)["codes"] == [0] * ranks
+        records.append(step_records(job))
+    for name, tolerance in (("loss", 1e-5), ("grad_norm", 1e-3)):
+        one, two = ([record[name] for record in run] for run in records)
+        assert one == pytest.approx(two, rel=tolerance)
 
 
 def test_second_phase_starts_from_the_weights_alone(server, uninterrupted, tmp_path):
