@@ -1,0 +1,482 @@
+"""save_checkpoint, load_checkpoint and the two states: NeMo-RL's interface, in one process."""
+
+import fcntl
+import inspect
+import os
+import shutil
+import signal
+import subprocess
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import gloo_ranks
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from small_models import assert_same, layers, snapshot, train
+from torch import nn
+from torch.distributed.checkpoint.stateful import Stateful
+
+from ckpt_core import PyTorchCheckpoint, native_checkpoint
+from ckpt_core.errors import ArgumentError, CommitError, DamagedError, MismatchError, NotACheckpointError
+from ckpt_core.format.index import read_index
+from ckpt_core.native_checkpoint import ModelState, OptimizerState, load_checkpoint, save_checkpoint
+
+NAMES = [f"{layer}.{kind}" for layer in (0, 1, 3) for kind in ("weight", "bias")]
+
+
+class Tokenizer:
+    """Writes two files, one of them in a directory below."""
+
+    def save_pretrained(self, directory: str) -> None:
+        """Write them."""
+        Path(directory, "tokenizer.json").write_text("{}")
+        Path(directory, "extra").mkdir()
+        Path(directory, "extra", "merges.txt").write_text("a b")
+
+
+def parts(*, steps: int = 2, seed: int = 0) -> tuple[nn.ModuleList, torch.optim.Optimizer, Any]:
+    """Return a model, its Adam and a scheduler after some steps."""
+    model = layers(seed)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.001)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.1)
+    train(model, optimizer, scheduler, steps)
+    return model, optimizer, scheduler
+
+
+def stock_save(state: dict[str, Any], path: Path) -> None:
+    """Save with plain torch.distributed.checkpoint."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is no process group
+        dcp.save(state, checkpoint_id=path)
+
+
+def stock_load(state: dict[str, Any], path: Path) -> None:
+    """Load with plain torch.distributed.checkpoint."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(state, checkpoint_id=path)
+
+
+def files_in(path: Path) -> list[str]:
+    """Return the names of everything below a directory."""
+    return sorted(str(p.relative_to(path)) for p in path.rglob("*"))
+
+
+class TestSignatures:
+    """What NeMo-RL's callers may pass."""
+
+    def test_they_are_the_contracts(self) -> None:
+        """Names, order and defaults of all arguments are NeMo-RL's."""
+        optimizer = ["optimizer=None", "scheduler=None", "optimizer_path=None"]
+        expected = {
+            "save_checkpoint": ["model", "weights_path", *optimizer, "tokenizer=None", "tokenizer_path=None"],
+            "load_checkpoint": ["model", "weights_path", *optimizer],
+            "convert_dcp_to_hf": [
+                "dcp_ckpt_path",
+                "hf_ckpt_path",
+                "model_name_or_path",
+                "tokenizer_name_or_path",
+                "overwrite=False",
+            ],
+            "ModelState": ["model"],
+            "OptimizerState": ["model", "optimizer", "scheduler=None"],
+        }
+        assert sorted(native_checkpoint.__all__) == sorted(expected)
+        for name, arguments in expected.items():
+            signature = inspect.signature(getattr(native_checkpoint, name))
+            found = [p.name if p.default is p.empty else f"{p.name}={p.default}" for p in signature.parameters.values()]
+            assert found == arguments, name
+            assert {p.kind for p in signature.parameters.values()} == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
+        assert inspect.signature(save_checkpoint).return_annotation == "None"
+        assert inspect.signature(native_checkpoint.convert_dcp_to_hf).return_annotation == "str"
+
+
+class TestStates:
+    """ModelState and OptimizerState, as torch.distributed.checkpoint uses them."""
+
+    def test_a_models_state_has_its_names_and_takes_any_values(self) -> None:
+        """The state has the parameters' names; what is loaded is there afterwards."""
+        state = ModelState(layers())
+        assert isinstance(state, Stateful)
+        found = state.state_dict()
+        assert list(found) == NAMES
+        other = {name: torch.randn(tensor.shape) for name, tensor in found.items()}
+        expected = {name: tensor.clone() for name, tensor in other.items()}
+        state.load_state_dict(other)
+        assert_same(state.state_dict(), expected)
+
+    def test_an_optimizer_that_never_stepped_has_a_state_for_every_name(self) -> None:
+        """Its state has `optim`, by name and complete, and `sched`; it takes any values; it is left as it was."""
+        model, optimizer, scheduler = parts(steps=0)
+        before = snapshot(model, optimizer, scheduler)
+        state = OptimizerState(model, optimizer, scheduler)
+        assert isinstance(state, Stateful)
+        found = state.state_dict()
+        assert_same(snapshot(model, optimizer, scheduler), before)
+        assert list(found) == ["optim", "sched"]
+        assert sorted(found["optim"]["state"]) == sorted(NAMES)
+        assert [sorted(entry) for entry in found["optim"]["state"].values()] == [["exp_avg", "exp_avg_sq", "step"]] * 6
+        assert found["optim"]["param_groups"][0]["params"] == NAMES
+        for entry in found["optim"]["state"].values():
+            entry.update({key: torch.rand(value.shape) for key, value in entry.items()})
+        found["sched"]["last_epoch"] = 7
+        state.load_state_dict(found)
+        assert_same(state.state_dict(), found)
+        assert scheduler.last_epoch == 7
+
+    def test_without_a_scheduler_there_is_no_sched(self) -> None:
+        """A scheduler's state is there if and only if a scheduler is; one on the loading side alone is left."""
+        model, optimizer, scheduler = parts()
+        state = OptimizerState(model, optimizer).state_dict()
+        assert list(state) == ["optim"]
+        before = snapshot(scheduler)
+        OptimizerState(model, optimizer, scheduler).load_state_dict(state)
+        assert_same(snapshot(scheduler), before)
+
+
+class TestSaveAndLoad:
+    """One process's checkpoints."""
+
+    @pytest.mark.parametrize("steps", [0, 3])
+    def test_everything_comes_back(self, tmp_path: Path, steps: int) -> None:
+        """Model, optimizer and scheduler of others are equal to those saved, which saving left as they were."""
+        saved = parts(steps=steps)
+        before = snapshot(*saved)
+        model, optimizer, scheduler = saved
+        paths = str(tmp_path / "run" / "model"), str(tmp_path / "run" / "optimizer")
+        assert save_checkpoint(model, paths[0], optimizer, scheduler, optimizer_path=paths[1]) is None
+        assert_same(snapshot(*saved), before)
+        assert files_in(tmp_path) == [
+            "run",
+            *(f"run/{part}{name}" for part in ("model", "optimizer") for name in ("", "/.metadata", "/__0_0.distcp")),
+        ]
+        other, fresh, _ = parts(steps=1, seed=1)
+        schedule = torch.optim.lr_scheduler.StepLR(fresh, step_size=4, gamma=0.2)
+        assert load_checkpoint(other, paths[0], fresh, schedule, optimizer_path=paths[1]) is None
+        assert_same(snapshot(other, fresh, schedule), before)
+
+    def test_a_model_alone_leaves_two_files(self, tmp_path: Path) -> None:
+        """One rank leaves exactly `.metadata` and `__0_0.distcp`."""
+        save_checkpoint(layers(), str(tmp_path / "weights"))
+        assert files_in(tmp_path) == ["weights", "weights/.metadata", "weights/__0_0.distcp"]
+
+    def test_the_stored_crc32_is_true(self, tmp_path: Path) -> None:
+        """What is written carries its checksum: a flipped bit is found when it is loaded."""
+        model = layers()
+        save_checkpoint(model, str(tmp_path / "weights"))
+        shard = tmp_path / "weights" / "__0_0.distcp"
+        data = bytearray(shard.read_bytes())
+        place = data.find(model[0].weight.detach().numpy().tobytes())
+        data[place + 5] ^= 8
+        shard.write_bytes(data)
+        with pytest.raises(DamagedError, match="CRC32"):
+            load_checkpoint(layers(), str(tmp_path / "weights"))
+
+    def test_missing_paths_are_value_errors_before_anything_is_written(self, tmp_path: Path) -> None:
+        """An optimizer without optimizer_path and a tokenizer without tokenizer_path are refused at once."""
+        model, optimizer, _ = parts()
+        weights = str(tmp_path / "weights")
+        with pytest.raises(ValueError, match="optimizer_path"):
+            save_checkpoint(model, weights, optimizer)
+        with pytest.raises(ValueError, match="tokenizer_path"):
+            save_checkpoint(model, weights, tokenizer=Tokenizer())
+        assert list(tmp_path.iterdir()) == []
+        save_checkpoint(model, weights)
+        before = snapshot(model)
+        with pytest.raises(ValueError, match="optimizer_path"):
+            load_checkpoint(model, weights, optimizer)
+        assert_same(snapshot(model), before)
+
+    def test_a_path_that_is_taken_is_refused_and_nothing_is_written(self, tmp_path: Path) -> None:
+        """A checkpoint, a file or any full directory at either path is a FileExistsError; an empty one is taken."""
+        model, optimizer, _ = parts()
+        taken, free = tmp_path / "taken", tmp_path / "free"
+        save_checkpoint(model, str(taken))
+        (tmp_path / "file").write_text("a")
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        for weights, optimizer_path in ((taken, free), (free, taken), (tmp_path / "file", free)):
+            with pytest.raises(FileExistsError, match=r"taken|file"):
+                save_checkpoint(model, str(weights), optimizer, optimizer_path=str(optimizer_path))
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+        free.mkdir()
+        save_checkpoint(model, str(free), optimizer, optimizer_path=str(tmp_path / "optimizer"))
+        load_checkpoint(model, str(free), optimizer, optimizer_path=str(tmp_path / "optimizer"))
+
+    @pytest.mark.parametrize(
+        ("weights", "optimizer_path", "tokenizer_path"),
+        [
+            ("step", "step/optimizer", "step/tokenizer"),
+            ("step/weights", "step", "step/tokenizer"),
+            ("step/weights", "step/optimizer", "step"),
+            ("step", "step/optimizer", "step"),
+            ("a/b/weights", "c/optimizer", "a/b"),
+        ],
+    )
+    def test_paths_may_lie_inside_each_other(
+        self, tmp_path: Path, weights: str, optimizer_path: str, tokenizer_path: str
+    ) -> None:
+        """Whichever path holds which, each gets its files, and nothing else is left."""
+        saved = parts()
+        model, optimizer, scheduler = saved
+        path = {"weights_path": weights, "optimizer_path": optimizer_path, "tokenizer_path": tokenizer_path}
+        path = {name: str(tmp_path / place) for name, place in path.items()}
+        save_checkpoint(model, optimizer=optimizer, scheduler=scheduler, tokenizer=Tokenizer(), **path)
+        files = {f"{place}/{name}" for place in (weights, optimizer_path) for name in (".metadata", "__0_0.distcp")}
+        files |= {f"{tokenizer_path}/tokenizer.json", f"{tokenizer_path}/extra/merges.txt"}
+        assert {name for name in files_in(tmp_path) if (tmp_path / name).is_file()} == files
+        restored = parts(seed=1)
+        load_checkpoint(restored[0], path["weights_path"], *restored[1:], path["optimizer_path"])
+        assert_same(snapshot(*restored), snapshot(*saved))
+
+    def test_the_same_path_for_two_things_is_an_error(self, tmp_path: Path) -> None:
+        """Model and optimizer in one directory would mix: refused, with nothing written."""
+        model, optimizer, _ = parts()
+        with pytest.raises(ArgumentError, match="two things"):
+            save_checkpoint(model, str(tmp_path / "a"), optimizer, None, str(tmp_path / "b" / ".." / "a"))
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_tokenizers_directory_may_have_files(self, tmp_path: Path) -> None:
+        """The tokenizer's files are put among what is there."""
+        place = tmp_path / "tokenizer"
+        place.mkdir()
+        (place / "mine").write_text("a")
+        (place / "tokenizer.json").write_text("old")
+        save_checkpoint(layers(), str(tmp_path / "weights"), tokenizer=Tokenizer(), tokenizer_path=str(place))
+        assert files_in(place) == ["extra", "extra/merges.txt", "mine", "tokenizer.json"]
+        assert (place / "tokenizer.json").read_text() == "{}"
+
+    def test_the_two_may_lie_on_different_file_systems(self, tmp_path: Path) -> None:
+        """The optimizer's directory is made on its own file system."""
+        shared_memory = Path("/dev/shm")
+        if not os.access(shared_memory, os.W_OK) or shared_memory.stat().st_dev == tmp_path.stat().st_dev:
+            pytest.skip("needs /dev/shm on a file system of its own")
+        elsewhere = shared_memory / f"ckptflow-{os.getpid()}"
+        model, optimizer, _ = parts()
+        try:
+            save_checkpoint(model, str(tmp_path / "weights"), optimizer, None, str(elsewhere / "optimizer"))
+            assert files_in(elsewhere) == ["optimizer", "optimizer/.metadata", "optimizer/__0_0.distcp"]
+        finally:
+            shutil.rmtree(elsewhere, ignore_errors=True)
+
+    def test_an_error_in_the_middle_leaves_nothing(self, tmp_path: Path) -> None:
+        """What fails after the optimizer is written, here a state that cannot be stored, leaves no path behind."""
+
+        class Odd(nn.Linear):
+            def get_extra_state(self) -> Any:
+                return {"odd": object()}
+
+        model = Odd(2, 2)
+        optimizer = torch.optim.Adam(model.parameters())
+        with pytest.raises(ArgumentError, match=r"_extra_state\.odd"):
+            save_checkpoint(
+                model, str(tmp_path / "w"), optimizer, None, str(tmp_path / "o"), Tokenizer(), str(tmp_path / "t")
+            )
+        assert list(tmp_path.iterdir()) == []
+
+    def test_two_savers_at_one_path_do_not_meet(self, tmp_path: Path) -> None:
+        """While another process saves there, a save is refused, and leaves the other's files alone."""
+        staged = tmp_path / ".staging-weights-1"
+        staged.mkdir()
+        record = tmp_path / ".saving-weights"
+        record.write_text(f'["{staged}", null]\n')
+        with record.open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            with pytest.raises(CommitError, match="another process"):
+                save_checkpoint(layers(), str(tmp_path / "weights"))
+        assert files_in(tmp_path) == [".saving-weights", ".staging-weights-1"]
+        save_checkpoint(layers(), str(tmp_path / "weights"))
+        assert files_in(tmp_path) == ["weights", "weights/.metadata", "weights/__0_0.distcp"]
+
+
+class TestOtherWriters:
+    """What plain torch.distributed.checkpoint and other frameworks write, and read."""
+
+    @pytest.mark.parametrize("steps", [0, 3])
+    def test_plain_dcp_reads_what_is_saved(self, tmp_path: Path, steps: int) -> None:
+        """dcp.load with the two states, and with a bare state dict, reads both directories."""
+        saved = parts(steps=steps)
+        save_checkpoint(saved[0], str(tmp_path / "w"), *saved[1:], str(tmp_path / "o"))
+        model, optimizer, scheduler = parts(steps=0, seed=1)
+        stock_load({"model": ModelState(model)}, tmp_path / "w")
+        stock_load({"optim": OptimizerState(model, optimizer, scheduler)}, tmp_path / "o")
+        assert_same(snapshot(model, scheduler), snapshot(saved[0], saved[2]))
+        if steps:
+            assert_same(snapshot(optimizer), snapshot(saved[1]))
+        bare = {"model": {name: torch.zeros_like(tensor) for name, tensor in saved[0].state_dict().items()}}
+        stock_load(bare, tmp_path / "w")
+        assert_same(bare["model"], dict(saved[0].state_dict()))
+
+    def test_what_plain_dcp_saved_is_loaded(self, tmp_path: Path) -> None:
+        """Model and optimizer that NeMo-RL's own way of saving wrote come back."""
+        saved = parts()
+        stock_save({"model": ModelState(saved[0])}, tmp_path / "w")
+        stock_save({"optim": OptimizerState(*saved)}, tmp_path / "o")
+        other = parts(steps=0, seed=1)
+        load_checkpoint(other[0], str(tmp_path / "w"), *other[1:], str(tmp_path / "o"))
+        assert_same(snapshot(*other), snapshot(*saved))
+
+    @pytest.mark.parametrize(
+        ("prefix", "below"),
+        [
+            ("model", ""),
+            (None, ""),
+            ("state.model", ""),
+            ("model", "policy/weights"),
+            (None, "weights/model"),
+            ("model", "policy/weights/model"),
+            ("model", "pytorch_model_fsdp_0"),
+            ("model", "weights"),
+            ("model", "model"),
+            (None, "checkpoint"),
+        ],
+    )
+    def test_models_are_found_where_frameworks_put_them(
+        self, tmp_path: Path, prefix: str | None, below: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """NeMo-RL's two layouts, Accelerate's, Lightning's and bare state dicts load, and the log says which."""
+        model, other = layers(), layers(seed=1)
+        state: dict[str, Any] = dict(model.state_dict())
+        for key in reversed(prefix.split(".") if prefix else []):
+            state = {key: state}
+        stock_save(state, tmp_path / below)
+        with caplog.at_level("INFO", logger="ckpt_core"):
+            load_checkpoint(other, str(tmp_path))
+        assert_same(snapshot(other), snapshot(model))
+        if below:
+            assert str(tmp_path / below) in "\n".join(caplog.messages)
+
+    def test_what_stands_beside_the_model_is_no_part_of_it(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """A directory of torchtitan's, with optimizer and counters, loads; the log tells of unknown tensors."""
+        model, optimizer, _ = parts()
+        state = {**model.state_dict(), "optimizer": OptimizerState(model, optimizer).state_dict()["optim"]}
+        stock_save({**state, "train_state": {"step": torch.tensor(3)}}, tmp_path / "a")
+        other = layers(seed=1)
+        load_checkpoint(other, str(tmp_path / "a"))
+        assert_same(snapshot(other), snapshot(model))
+        assert [record for record in caplog.records if record.name.startswith("ckpt_core")] == []
+        stock_save({**model.state_dict(), "odd": torch.zeros(1)}, tmp_path / "b")
+        load_checkpoint(other, str(tmp_path / "b"))
+        assert "odd" in caplog.text
+
+    def test_a_part_of_a_larger_model_loads(self, tmp_path: Path) -> None:
+        """A model whose names stand deeper in the checkpoint is filled from there."""
+        whole = nn.ModuleDict({"trunk": layers(), "head": nn.Linear(1, 1)})
+        save_checkpoint(whole, str(tmp_path / "w"))
+        other = layers(seed=1)
+        load_checkpoint(other, str(tmp_path / "w"))
+        assert_same(snapshot(other), snapshot(whole["trunk"]))
+
+    def test_a_step_of_a_store_is_a_checkpoint_too(self, tmp_path: Path) -> None:
+        """load_checkpoint reads the model and optimizer of a step that PyTorchCheckpoint committed."""
+        saved = parts()
+        PyTorchCheckpoint(module=saved[0], optimizer=saved[1]).save(tmp_path, step=1, scheduler=saved[2])
+        step = str(tmp_path / "default" / "step_0000000001")
+        other = parts(steps=0, seed=1)
+        load_checkpoint(other[0], step, *other[1:], step)
+        assert_same(snapshot(*other), snapshot(*saved))
+
+    def test_what_is_not_there_is_named(self, tmp_path: Path) -> None:
+        """Without a checkpoint the error says where one is; several need a choice; a model is no optimizer."""
+        model, optimizer, _ = parts()
+        with pytest.raises(FileNotFoundError, match=r"no DCP checkpoint"):
+            load_checkpoint(model, str(tmp_path))
+        save_checkpoint(model, str(tmp_path / "deep" / "down" / "somewhere"))
+        with pytest.raises(NotACheckpointError, match="deep/down/somewhere"):
+            load_checkpoint(model, str(tmp_path))
+        save_checkpoint(model, str(tmp_path / "weights"))
+        save_checkpoint(model, str(tmp_path / "model"))
+        with pytest.raises(NotACheckpointError, match="several"):
+            load_checkpoint(model, str(tmp_path))
+        before = snapshot(optimizer)
+        with pytest.raises(MismatchError, match="no optimizer"):
+            load_checkpoint(model, str(tmp_path / "weights"), optimizer, None, str(tmp_path / "model"))
+        assert_same(snapshot(optimizer), before)
+
+
+SYSTEM_CALLS = "mkdir,openat,write,pwrite64,fsync,rename,renameat,renameat2,unlink,unlinkat,rmdir"
+
+
+def save_when_continued(weights: str, optimizer_path: str) -> None:
+    """Stop until the tracer is there, then save."""
+    model, optimizer, scheduler = parts(steps=1)
+    os.kill(os.getpid(), signal.SIGSTOP)
+    save_checkpoint(model, weights, optimizer, scheduler, optimizer_path, Tokenizer(), f"{weights}-tokenizer")
+
+
+def save_killed_at(call: str, count: int, weights: Path, optimizer_path: Path) -> bool:
+    """Save in a process that is killed before its `count`th `call`; return whether it was."""
+    process = gloo_ranks.fork(save_when_continued, str(weights), str(optimizer_path))
+    status = Path(f"/proc/{process.pid}/status")
+    wait_for(lambda: "State:\tT" in status.read_text())
+    command = ["strace", "-f", "-qq", "-o", "/dev/null", "-p", str(process.pid)]
+    tracer = subprocess.Popen([*command, "-e", f"trace={call}", "-e", f"inject={call}:signal=KILL:when={count}"])
+    try:
+        wait_for(lambda: "TracerPid:\t0\n" not in status.read_text())
+        os.kill(process.pid, signal.SIGCONT)
+        process.join(30)
+        assert process.exitcode in (0, -signal.SIGKILL), process.exitcode
+        return process.exitcode != 0
+    finally:
+        process.kill()
+        tracer.wait(10)
+
+
+def wait_for(condition: Any) -> None:
+    """Wait until a condition holds."""
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def can_trace() -> bool:
+    """Whether strace is there and may attach to other processes."""
+    if shutil.which("strace") is None:
+        return False
+    with subprocess.Popen(["sleep", "30"]) as sleeper:
+        tracer = subprocess.run(
+            ["timeout", "1", "strace", "-qq", "-p", str(sleeper.pid)], capture_output=True, check=False
+        )
+        sleeper.kill()
+    return tracer.returncode == 124
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["beside", "inside"])
+def test_killed_anywhere_each_path_is_whole_or_absent_and_a_retry_completes(tmp_path: Path, nested: bool) -> None:
+    """SIGKILL before each system call of a save that changes a file leaves no half; saving again works, and cleans."""
+    if not can_trace():
+        pytest.skip("needs strace, and the right to attach it")
+    kills = 0
+    count = 0
+    while True:
+        count += 1
+        place = tmp_path / str(count)
+        weights = place / "step" / "weights"
+        optimizer_path = weights / "optimizer" if nested else place / "step" / "optimizer"
+        if not save_killed_at(SYSTEM_CALLS, count, weights, optimizer_path):
+            break
+        kills += 1
+        for path in (weights, optimizer_path):
+            if path.exists():
+                read_index(path)
+                assert files_in(path)[:1] == [".metadata"]
+        complete = weights.exists()
+        model, optimizer, scheduler = parts(steps=1)
+        if complete:
+            assert optimizer_path.exists()
+        else:
+            save_checkpoint(
+                model, str(weights), optimizer, scheduler, str(optimizer_path), Tokenizer(), f"{weights}-tokenizer"
+            )
+            assert sorted(p.name for p in (place / "step").iterdir()) == sorted(
+                ["weights", "weights-tokenizer"] + ["optimizer"] * (not nested)
+            )
+        other = parts(steps=0, seed=1)
+        load_checkpoint(other[0], str(weights), *other[1:], str(optimizer_path))
+        assert_same(snapshot(*other), snapshot(model, optimizer, scheduler))
+    assert kills > 20
