@@ -120,8 +120,8 @@ class TrainingStep(Settings):
 def default_steps() -> list[TrainingStep]:
     """Return the default job: two training steps, the second at a lower rate."""
     return [
-        TrainingStep(name="pretrain", steps=160),
-        TrainingStep(name="finetune", steps=40, learning_rate=1e-3, warmup_steps=4),
+        TrainingStep(name="pretrain", steps=100),
+        TrainingStep(name="finetune", steps=30, learning_rate=1e-3, warmup_steps=4),
     ]
 
 
