@@ -136,7 +136,7 @@ def _convert(options: argparse.Namespace) -> Answer:
     if not own and not options.model:
         raise ArgumentError(f"{source}: has no config of its own; name one with --model PATH_OR_ID.")
     settings: dict[str, Any] = {"dtype": options.dtype, "max_shard_bytes": options.max_shard_size}
-    assets = read_assets(source / "assets") if own else fetch_assets(options.model, options.tokenizer or options.model)
+    assets = read_assets(source / "assets") if own else fetch_assets(options.model, options.tokenizer)
     if options.plan:
         return _show(plan_export(directory, assets, **settings))
     settings |= {"overwrite": options.overwrite, "allow_nonfinite": options.allow_nonfinite}

@@ -16,9 +16,10 @@ from torch.distributed.tensor import DTensor
 from ckpt_core import io, ranks
 from ckpt_core.errors import MismatchError
 from ckpt_core.format.index import METADATA_NAME, Index, Keys, TensorEntry, read_index
+from ckpt_core.io.nesting import nest
 from ckpt_core.locate import OTHER_COMPONENTS, find_prefix
 from ckpt_core.state import OPTIMIZER_KEY, UNUSED_KEY, ModelState, OptimizerState
-from ckpt_core.state_dicts import like, nest, read_optimizer
+from ckpt_core.state_dicts import like, read_optimizer
 
 _EXTRA = "_extra_state"
 _log = logging.getLogger(__name__)
@@ -41,7 +42,8 @@ def load_model(model: torch.nn.Module, directory: Path) -> None:
     read = flat | extra
     io.load(read, directory)
     loaded = {name: read[prefix + name] for name in tensors}
-    loaded |= nest({name: read[name] for name in extra}, {name: _extra_path(index, name, prefix) for name in extra})
+    paths = {name: _extra_path(index, name, prefix) for name in extra}
+    loaded |= nest({name: read[name] for name in extra}, paths, str(directory))
     state.load_state_dict({name: loaded.get(name, own[name]) for name in own})
 
 
@@ -56,7 +58,7 @@ def load_optimizer(state: OptimizerState, directory: Path) -> None:
     index = ranks.together(lambda: read_index(directory))
     flat = ranks.together(lambda: _optimizer_targets(state, index, directory))
     io.load(flat, directory)
-    loaded = nest(flat, index.paths)[OPTIMIZER_KEY]
+    loaded = nest(flat, index.paths, str(directory))[OPTIMIZER_KEY]
     optim = {"state": {}, **loaded["optim"]}
     if UNUSED_KEY in loaded:
         optim["state"] = {}
@@ -84,15 +86,15 @@ def load_numbered_optimizer(optimizer: torch.optim.Optimizer, scheduler: Any | N
 def _optimizer_targets(state: OptimizerState, index: Index, directory: Path) -> dict[str, Any]:
     """Return what to read of an optimizer, by flat name: tensors in the shape and sharding that the live one has."""
     root = f"{OPTIMIZER_KEY}."
-    targets: dict[str, Any] = {name: None for name in _names(index, root) if name in index.values}
     if not _names(index, f"{root}optim.param_groups."):
         held = ", ".join(_names(index, "")[:3])
         raise MismatchError(f"{directory}: holds no optimizer ({held}, ...); give the optimizer's directory.")
     parameters = _parameters(state)
     live = state.state_dict()["optim"]["state"]
-    for name in [name for name in _names(index, root) if name in index.tensors]:
+    targets: dict[str, Any] = {}
+    for name in _in_saved_order(index, root):
         place, parameter, key = (*index.paths.get(name, ()), *[None] * 5)[2:5]
-        if place == "state" and parameter in parameters:
+        if name in index.tensors and place == "state" and parameter in parameters:
             pattern = live.get(parameter, {}).get(key)
             targets[name] = _target(index.tensors[name], parameters[parameter], pattern, f"{directory}: {name}")
         else:

@@ -14,6 +14,7 @@ import torch
 
 from ckpt_core import io
 from ckpt_core.format.index import Keys, read_index
+from ckpt_core.io.nesting import nest
 from ckpt_core.state import MODEL_KEY, OPTIMIZER_KEY, UNUSED_KEY
 
 
@@ -31,18 +32,6 @@ def read_optimizer(directory: Path) -> tuple[dict[str, Any], dict[str, Any] | No
     return _numbered(optim), saved.get("sched")
 
 
-def nest(flat: Mapping[str, Any], paths: Mapping[str, Keys]) -> dict[str, Any]:
-    """Return the nested state dict that DCP made `flat` of, in the order of `paths`; numbers in a path are places."""
-    tree = _Node()
-    for name in [name for name in paths if name in flat] or flat:
-        *parents, last = paths.get(name, (name,))
-        here = tree
-        for key in parents:
-            here = cast("_Node", here.setdefault(key, _Node()))
-        here[last] = flat[name]
-    return _built(tree)
-
-
 def like(live: Any, stored: Any) -> Any:
     """Return `stored` with numbers for keys, and counters, where `live` has them: DCP turns every key to text."""
     if not (isinstance(live, dict) and isinstance(stored, dict)):
@@ -53,24 +42,12 @@ def like(live: Any, stored: Any) -> Any:
     return Counter(built) if isinstance(live, Counter) else built
 
 
-class _Node(dict[Any, Any]):
-    """A container of a nested state dict that is being built; its keys tell whether a list or a dict."""
-
-
-def _built(node: Any) -> Any:
-    if not isinstance(node, _Node):
-        return node
-    if node and all(isinstance(key, int) for key in node):
-        return [_built(node[place]) for place in sorted(node)]
-    return {key: _built(value) for key, value in node.items()}
-
-
 def _read(directory: Path) -> dict[str, Any]:
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    return _in_saved_order(io.read_state(directory, device), read_index(directory).paths)
+    return _in_saved_order(io.read_state(directory, device), read_index(directory).paths, str(directory))
 
 
-def _in_saved_order(state: dict[str, Any], paths: Mapping[str, Keys]) -> dict[str, Any]:
+def _in_saved_order(state: dict[str, Any], paths: Mapping[str, Keys], where: str) -> dict[str, Any]:
     """Return a nested state dict with its keys in the order in which they were saved."""
     flat: dict[str, Any] = {}
     for name, path in paths.items():
@@ -78,7 +55,7 @@ def _in_saved_order(state: dict[str, Any], paths: Mapping[str, Keys]) -> dict[st
         for key in path:
             value = value[key]
         flat[name] = value
-    return nest(flat, paths) if flat else state
+    return nest(flat, paths, where) if flat else state
 
 
 def _numbered(optim: dict[str, Any]) -> dict[str, Any]:

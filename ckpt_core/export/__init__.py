@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -18,11 +17,12 @@ from typing import Any, cast
 from ckpt_core import durable
 from ckpt_core.errors import ArgumentError, DamagedError, ExportExistsError, NotACheckpointError, StepExistsError
 from ckpt_core.export.architecture import find_architecture
-from ckpt_core.export.assets import CONFIG_NAME, Assets, read_assets
+from ckpt_core.export.assets import CONFIG_NAME, EXPORT_NAME, Assets, read_assets
 from ckpt_core.export.plan import Plan, make_plan
 from ckpt_core.format.index import METADATA_NAME, read_index
 from ckpt_core.format.manifest import digest_bytes
-from ckpt_core.store import Checkpoint, rename_new
+from ckpt_core.placement import placed
+from ckpt_core.store import Checkpoint
 
 __all__ = [
     "EXPORT_NAME",
@@ -35,7 +35,6 @@ __all__ = [
     "read_export",
 ]
 
-EXPORT_NAME = "export.json"
 FORMAT_VERSION = 1
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
@@ -119,15 +118,12 @@ def convert(
     directory, target = directory.absolute(), target.absolute()
     check_target(directory, target, overwrite=overwrite)
     plan = plan_export(directory, assets, dtype=dtype, max_shard_bytes=max_shard_bytes)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = target.parent / f".staging-{target.name}-{uuid.uuid4().hex}"
-    staging.mkdir()
+    said = source or {"digest": digest_bytes((directory / METADATA_NAME).read_bytes())}
     try:
-        said = source or {"digest": digest_bytes((directory / METADATA_NAME).read_bytes())}
-        _fill(staging, plan, directory, assets, dtype, said, progress, allow_nonfinite=allow_nonfinite)
-        _appear(staging, target, overwrite=overwrite)
-    finally:
-        durable.remove_tree(staging)
+        with placed(target, overwrite=overwrite) as staging:
+            _fill(staging, plan, directory, assets, dtype, said, progress, allow_nonfinite=allow_nonfinite)
+    except StepExistsError:
+        raise ExportExistsError(f"{target}: appeared while its content was being written; it was left alone.") from None
     return read_export(target)
 
 
@@ -225,20 +221,7 @@ def _fill(
 
 def _config_bytes(assets: Assets, plan: Plan, dtype: str | None) -> bytes:
     floating = [o.dtype for o in plan.outputs if "float" in o.dtype]
-    widest = max(set(floating), key=floating.count) if floating else None
-    config = {**assets.config, "architectures": [plan.architecture], "dtype": dtype or widest}
+    commonest = max(set(floating), key=floating.count) if floating else None
+    kept = {name: value for name, value in assets.config.items() if name != "torch_dtype"}  # the old name of dtype
+    config = {**kept, "architectures": [plan.architecture], "dtype": dtype or commonest}
     return (json.dumps(dict(sorted(config.items())), indent=2) + "\n").encode()
-
-
-def _appear(staging: Path, target: Path, *, overwrite: bool) -> None:
-    """Give the finished export its name; the one it replaces moves aside first and is deleted after."""
-    if overwrite and target.exists():
-        trash = target.with_name(f".trash-{target.name}-{uuid.uuid4().hex}")
-        target.rename(trash)
-        rename_new(staging, target)
-        durable.remove_tree(trash)
-        return
-    try:
-        rename_new(staging, target)
-    except StepExistsError:
-        raise ExportExistsError(f"{target}: appeared while its content was being written; it was left alone.") from None

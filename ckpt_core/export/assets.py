@@ -18,7 +18,7 @@ from ckpt_core import durable
 from ckpt_core.errors import DamagedError, MismatchError, NotACheckpointError, UntrustedError
 
 CONFIG_NAME = "config.json"
-GENERATION_CONFIG_NAME = "generation_config.json"
+EXPORT_NAME = "export.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".safetensors.index.json", ".distcp")
 
 
@@ -47,7 +47,7 @@ def read_assets(directory: Path, *, trust_remote_code: bool = False) -> Assets:
     files = {
         name: file.read_bytes()
         for name, file in durable.files_below(directory)
-        if name != CONFIG_NAME and "/" not in name and not name.endswith(_WEIGHT_SUFFIXES)
+        if name not in {CONFIG_NAME, EXPORT_NAME} and "/" not in name and not name.endswith(_WEIGHT_SUFFIXES)
     }
     code = [name for name in files if name.endswith(".py")] or ["auto_map"] * ("auto_map" in config)
     if code and not trust_remote_code:
@@ -58,20 +58,34 @@ def read_assets(directory: Path, *, trust_remote_code: bool = False) -> Assets:
     return Assets(config, files)
 
 
-def fetch_assets(model: str, tokenizer: str) -> Assets:
+def fetch_assets(model: str, tokenizer: str | None = None) -> Assets:
     """Get the config of `model` and the tokenizer of `tokenizer`: local paths or Hub ids. Runs no code of theirs.
+
+    Args:
+        model: where the config is, and the generation config if it has one.
+        tokenizer: where the tokenizer is; None takes that of `model`, if it has one.
 
     Raises:
         NotACheckpointError: one of them is not there.
+        UntrustedError: the model brings code along.
     """
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     with tempfile.TemporaryDirectory() as temporary:
         try:
-            AutoConfig.from_pretrained(model).save_pretrained(temporary)
-            AutoTokenizer.from_pretrained(tokenizer).save_pretrained(temporary)
+            AutoConfig.from_pretrained(model, trust_remote_code=False).save_pretrained(temporary)
         except (OSError, ValueError) as error:
-            raise NotACheckpointError(f"config {model!r}, tokenizer {tokenizer!r}: {error}") from None
+            if "trust_remote_code" in str(error):
+                raise UntrustedError(
+                    f"config {model!r}: needs Python code of its own, which is not run; convert with a model class "
+                    "that transformers has."
+                ) from None
+            raise NotACheckpointError(f"config {model!r}: {error}") from None
+        try:
+            AutoTokenizer.from_pretrained(tokenizer or model, trust_remote_code=False).save_pretrained(temporary)
+        except (OSError, ValueError) as error:
+            if tokenizer is not None:
+                raise NotACheckpointError(f"tokenizer {tokenizer!r}: {error}") from None
         with suppress(OSError):  # not every model generates
             GenerationConfig.from_pretrained(model).save_pretrained(temporary)
         return read_assets(Path(temporary))
