@@ -26,7 +26,7 @@ def convert(
     checkpoint: str,
     output: str | None = None,
     export: ExportSettings = ExportSettings(),
-    validation: ValidationSettings = ValidationSettings(),
+    allow_nonfinite: bool = False,
 ) -> dict[str, Any]:
     """Check a checkpoint, convert it to safetensors, and check what came out.
 
@@ -34,12 +34,12 @@ def convert(
         checkpoint: URL or path of a committed step, <store>/<run>/step_NNNNNNNNNN; config and tokenizer are in it.
         output: the directory to make; empty means <store>/<run>/exports/<step>.
         export: cast and file sizes.
-        validation: what the checkpoint must pass.
+        allow_nonfinite: accept NaN and Inf in the weights.
     """
     found = open_checkpoint(checkpoint)
-    validate(found.url, found.run, None, validation)
+    validate(found.url, found.run, None, ValidationSettings(allow_nonfinite=allow_nonfinite))
     target = output or default_target(found, export)
-    exported = convert_checkpoint(found.url, found.run, target, export, allow_nonfinite=validation.allow_nonfinite)
+    exported = convert_checkpoint(found.url, found.run, target, export, allow_nonfinite=allow_nonfinite)
     checks = check_export(found.url, found.run, exported["path"])
     return {"checkpoint": found.url, "export": exported["path"], "checks": checks}
 

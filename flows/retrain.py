@@ -29,7 +29,7 @@ from tasks.config import (
     default_steps,
 )
 from tasks.conversion import convert_checkpoint
-from tasks.publication import compare, hub_endpoint, publish, require_token
+from tasks.publication import check_hub, compare, hub_endpoint, local_hub, publish
 from tasks.training import prepare_data, train
 from tasks.validation import check_export, validate
 
@@ -66,7 +66,7 @@ def retrain(
         keep_checkpoints: how many of the run's newest checkpoints stay when the retrain has ended.
     """
     store = local_path(store).as_uri()
-    require_token(hub)
+    check_hub(hub)
     plan = {
         "model": model.model_dump(),
         "data": data.model_dump(),
@@ -88,10 +88,10 @@ def retrain(
             release = None
             if compared["better"]:
                 release = publish(endpoint, hub, exported["path"], card(checkpoint, compared, prepared))
-        artifacts.release_card(run, compared, release)
+        hub_directory = None if hub.endpoint else local_hub(store)
+        artifacts.release_card(run, compared, release, hub_directory)
         checks = [*validated["checks"], *checked]
-        local = hub.endpoint is None
-        summary = Summary.of(store, checkpoints, checks, exported, compared, release, local=local)
+        summary = Summary.of(checkpoints, checks, exported, compared, release, hub_directory)
         record.conclude(store, run, begun, summary.outcome())
         open_store(store).prune(run, keep_last=keep_checkpoints)
     return summary.to_dict()
@@ -152,7 +152,12 @@ def _jobs(
             tokenizer=prepared["tokenizer"],
             train_tokens=text["train_tokens"],
             heldout_tokens=prepared["heldout_tokens"],
-            lineage={"data": text["fingerprint"], "flow_run": str(flow_run.id), "training_step": step.name},
+            lineage={
+                "plan": begun.plan,
+                "training_step": step.name,
+                "data": text["fingerprint"],
+                "flow_run": str(flow_run.id),
+            },
         )
         start += step.steps
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -36,14 +38,12 @@ class Summary:
     @classmethod
     def of(
         cls,
-        store: str,
         checkpoints: Sequence[PyTorchCheckpoint],
         checks: Sequence[Mapping[str, Any]],
         export: Mapping[str, Any],
         compared: Mapping[str, Any],
         release: Mapping[str, Any] | None,
-        *,
-        local: bool,
+        hub_directory: str | None,
     ) -> Summary:
         """Gather it from what the tasks returned; `checkpoints` are those of the training steps, in order."""
         first, checkpoint = checkpoints[0], checkpoints[-1]
@@ -59,7 +59,7 @@ class Summary:
             checks=[dict(check) for check in checks],
             export=export["path"],
             release=dict(release) if release else None,
-            hub_directory=str(local_path(store) / "hub") if local else None,
+            hub_directory=hub_directory,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -103,18 +103,17 @@ class Summary:
         lines = [
             "load it from the export:",
             "  from transformers import AutoModelForCausalLM",
-            f'  model = AutoModelForCausalLM.from_pretrained("{self.export}")',
+            f"  model = AutoModelForCausalLM.from_pretrained({_quoted(self.export)})",
         ]
         if self.release is None:
             return lines
         repo, tag = self.release["repo_id"], self.release["tag"]
         if self.hub_directory is not None:
-            programs = _relative(Path(sys.executable).parent, here)
-            hub = _relative(Path(self.hub_directory), here)
+            programs, hub = Path(sys.executable).parent, Path(self.hub_directory)
             lines += [
                 "or from the Hub, by name:",
-                f"  {programs}/ckpt hub serve {hub} --port {LOCAL_PORT}",
-                f"  HF_ENDPOINT=http://127.0.0.1:{LOCAL_PORT} {programs}/python",
+                f"  {_typed(programs / 'ckpt', here)} hub serve {_typed(hub, here)} --port {LOCAL_PORT}",
+                f"  HF_ENDPOINT=http://127.0.0.1:{LOCAL_PORT} {_typed(programs / 'python', here)}",
             ]
         else:
             lines.append("or from the Hub, by name:")
@@ -150,6 +149,11 @@ def card(checkpoint: PyTorchCheckpoint, compared: Mapping[str, Any], prepared: M
     }
 
 
-def _relative(path: Path, here: Path) -> str:
-    """Return a path as a person in `here` types it."""
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+def _typed(path: Path, here: Path) -> str:
+    """Return a path as a person in `here` types it into a shell."""
+    return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
+
+
+def _quoted(text: str) -> str:
+    """Return a Python string literal."""
+    return json.dumps(text, ensure_ascii=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -53,8 +54,10 @@ def export_card(run: str, export: Mapping[str, Any]) -> None:
     create_markdown_artifact(text, key=_key("export", run), description=f"{len(export['files'])} files")
 
 
-def release_card(run: str, comparison: Mapping[str, Any], release: Mapping[str, Any] | None) -> None:
-    """Show what was decided about the release, and why."""
+def release_card(
+    run: str, comparison: Mapping[str, Any], release: Mapping[str, Any] | None, hub_directory: str | None
+) -> None:
+    """Show what was decided about the release, and why; `hub_directory` is that of a local Hub, if it is one."""
     champion = comparison["champion"]
     losses = {
         "New model": _loss(comparison["challenger"]),
@@ -67,8 +70,10 @@ def release_card(run: str, comparison: Mapping[str, Any], release: Mapping[str, 
         text = f"## Kept {champion['tag']}: the new model is not better\n\n"
     else:
         decision = f"published {release['tag']}"
-        where = {"Repository": release["repo_id"], "Commit": f"`{release['commit']}`", "Where": release["url"]}
-        text = f"## Published {release['tag']}\n\n{_table(where)}\n\n"
+        # A local Hub's address was good for the time of the run only.
+        where = release["url"] if hub_directory is None else f"`ckpt hub serve {shlex.quote(hub_directory)}`"
+        rows = {"Repository": release["repo_id"], "Commit": f"`{release['commit']}`", "Where": where}
+        text = f"## Published {release['tag']}\n\n{_table(rows)}\n\n"
     text += f"Held-out loss, nats a token:\n\n{_table(losses)}\n"
     create_markdown_artifact(text, key=_key("release", run), description=decision)
 
@@ -95,7 +100,9 @@ def loss_curve(train: Sequence[Sequence[float]], heldout: Sequence[Sequence[floa
 
 
 def _table(rows: Mapping[str, object]) -> str:
-    return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    """Return a Markdown table of two columns; a bar in a value, as a path may hold one, stays in its cell."""
+    lines = [f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in rows.items()]
+    return "\n".join(["| | |", "|---|---|", *lines])
 
 
 def _loss(value: float | None) -> str:

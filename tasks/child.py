@@ -1,5 +1,6 @@
 """A child process with a result: one JSON object, through a file that the environment names."""
 
+import errno
 import json
 import os
 import sys
@@ -76,11 +77,17 @@ def write_result(result: Any) -> None:
 def child_main(function: Callable[[], Any]) -> None:
     """In the child: write what `function` returns as the result.
 
-    A `CkptError` or `ValueError` becomes the reported error and exit status 1; any other exception is a crash, with its
-    traceback.
+    A `CkptError`, `ValueError` or `OSError` (a full disk, a directory that may not be written) becomes the reported
+    error and exit status 1; any other exception is a crash, with its traceback.
     """
     try:
         write_result(function())
-    except (CkptError, ValueError) as error:
-        write_result({"error": {"type": type(error).__name__, "message": str(error)}})
+    except (CkptError, ValueError, OSError) as error:
+        write_result({"error": {"type": type(error).__name__, "message": _told(error)}})
         sys.exit(1)
+
+
+def _told(error: Exception) -> str:
+    """An error's message; of a full disk, with what to do."""
+    full = isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+    return f"{error}; make room there, then run again: what was committed is untouched" if full else str(error)

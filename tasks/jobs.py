@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_core import open_checkpoint
-from ckpt_core.errors import ArgumentError, CkptError
+from ckpt_core.errors import ArgumentError, CkptError, ExportExistsError
+from ckpt_core.store import local_path
 from tasks.child import child_main
 from tasks.config import ModelSettings
 
@@ -48,12 +49,17 @@ def convert(request: Request) -> dict[str, Any]:
 
     Returns:
         `path`, `files` (bytes and sha256 of each), `rules`, `architecture`, and whether it was `reused`.
+
+    Raises:
+        ExportExistsError: `target` holds something else than an export of this checkpoint.
     """
     from ckpt_core.export import convert_checkpoint
 
-    checkpoint, target = open_checkpoint(request["url"]), Path(request["target"])
+    checkpoint, target = open_checkpoint(request["url"]), local_path(request["target"])
     settings = {name: request[name] for name in ("dtype", "max_shard_bytes", "allow_nonfinite", "trust_remote_code")}
-    reused = _made_of(target, checkpoint.manifest.digest(), settings)
+    digest = checkpoint.manifest.digest()
+    _check_replaceable(target, digest)
+    reused = _made_of(target, digest, settings)
     export = reused or convert_checkpoint(checkpoint, target, overwrite=True, **settings)
     if reused is None:
         (target.parent / f"{target.name}.settings.json").write_text(json.dumps(settings))
@@ -136,6 +142,23 @@ def _limit(loss: float, limit: float | None) -> dict[str, Any]:
         return {"name": "held-out loss", "passed": False, "detail": detail}
     said = "no limit set" if limit is None else f"the limit is {limit}"
     return {"name": "held-out loss", "passed": True, "detail": f"{loss:.4f} nats a token, {said}"}
+
+
+def _check_replaceable(target: Path, digest: str) -> None:
+    """Refuse a target that holds anything but an export of this checkpoint, whole or damaged."""
+    from ckpt_core.export import EXPORT_NAME
+
+    try:
+        found = json.loads((target / EXPORT_NAME).read_bytes())["source"]["digest"]
+    except FileNotFoundError:
+        found = None
+        if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+            return
+    except (OSError, ValueError, LookupError, TypeError):
+        found = None
+    if found != digest:
+        what = "something else than an export" if found is None else "the export of another checkpoint"
+        raise ExportExistsError(f"{target}: holds {what}, and is left alone; give another directory, or delete it.")
 
 
 def _made_of(target: Path, digest: str, settings: Request) -> Any:

@@ -9,8 +9,9 @@ from typing import Any
 from prefect import task
 from prefect.events import emit_event
 
-from ckpt_core.errors import HubAuthError
 from ckpt_core.hub import child_environment
+from ckpt_core.hub.connection import Connection, check_endpoint, is_loopback
+from ckpt_core.hub.releases import check_repo_id
 from ckpt_core.store import local_path
 from tasks.config import HubSettings
 from tasks.launch import run_job
@@ -24,25 +25,25 @@ def hub_endpoint(store: str, settings: HubSettings) -> Generator[str]:
         return
     from ckpt_core.testing.hub_server import hub_server
 
-    with hub_server(local_path(store) / "hub") as server:
+    with hub_server(local_hub(store)) as server:
         yield server.endpoint
 
 
-def require_token(settings: HubSettings) -> None:
-    """Refuse to begin a retrain that could not be published: a remote Hub needs a token.
+def local_hub(store: str) -> str:
+    """Return the directory in which a store's own Hub server keeps its repositories."""
+    return str(local_path(store) / "hub")
+
+
+def check_hub(settings: HubSettings) -> None:
+    """Refuse to begin a retrain that could not be published. Sends nothing.
 
     Raises:
-        HubAuthError: there is none in the environment, and no stored login.
+        ArgumentError: repository or endpoint is no name or address of one.
+        HubAuthError: a remote Hub, and no token in the environment and no stored login; or no https.
     """
-    if settings.endpoint is None:
-        return
-    from huggingface_hub import get_token
-
-    if get_token() is None:
-        raise HubAuthError(
-            f"{settings.endpoint}: no token to publish {settings.repo_id} with; set HF_TOKEN in the environment of the "
-            "flow, to a token with write permission."
-        )
+    check_repo_id(settings.repo_id)
+    if settings.endpoint is not None and not is_loopback(check_endpoint(settings.endpoint)):
+        Connection.open(settings.endpoint, None, write=True)
 
 
 @task(task_run_name="compare with the release of {settings.repo_id}")

@@ -63,6 +63,8 @@ def _take(handle: int, store: str, run: str) -> None:
 def begin(store: str, run: str, plan: Mapping[str, Any]) -> Record:
     """Return the retrain to do: the one under way, if its plan is this one and it is not decided, else a new one.
 
+    The caller holds the run's lock, by `only_retrain`.
+
     Args:
         store: the store's URL.
         run: the run's name.

@@ -12,12 +12,13 @@ from prefect.events import emit_event
 from prefect.logging import get_run_logger
 
 from ckpt_core import PyTorchCheckpoint, open_store
-from ckpt_core.errors import NotACheckpointError
-from ckpt_core.store import local_path, step_name
+from ckpt_core.errors import NotACheckpointError, StepExistsError
+from ckpt_core.store import Checkpoint, local_path, step_name
 from tasks import artifacts
 from tasks.child import run_json
 from tasks.config import DataSettings, Job, ModelSettings
 from tasks.launch import log_line
+from tasks.record import RECORD_NAME
 from tasks.torchrun import run_torchrun
 
 
@@ -43,8 +44,12 @@ def train(job: Job) -> PyTorchCheckpoint:
     Raises:
         ChildFailedError: a rank failed; the message has its last lines.
         NotACheckpointError: the job ended well but committed no checkpoint at its last step.
+        StepExistsError: somebody else committed a step that this retrain was to make.
     """
-    if _newest_step(job) < job.end_step:
+    newest = open_store(job.store).latest(job.run)
+    if newest is not None and newest.step > job.start_step:
+        _check_own(newest, job)
+    if newest is None or newest.step < job.end_step:
         with tempfile.TemporaryDirectory() as temporary:
             path = Path(temporary) / "job.json"
             path.write_text(job.model_dump_json(indent=1))
@@ -57,17 +62,24 @@ def train(job: Job) -> PyTorchCheckpoint:
             )
     else:
         get_run_logger().info("step %d is committed already", job.end_step)
-    if _newest_step(job) < job.end_step:
+    path = local_path(job.store) / job.run / step_name(job.end_step)
+    if not path.exists():
         raise NotACheckpointError(
-            f"{job.store}/{job.run}: {job.compute.trainer} ended well, but the newest step is {_newest_step(job)}; "
-            f"expected a checkpoint at step {job.end_step}, the end_step of its job file."
+            f"{path}: not there, although {job.compute.trainer} ended well; expected a checkpoint at step "
+            f"{job.end_step}, the end_step of its job file. Correct the trainer, then run again."
         )
-    return _emit(local_path(job.store) / job.run / step_name(job.end_step))
+    return _emit(path)
 
 
-def _newest_step(job: Job) -> int:
-    newest = open_store(job.store).latest(job.run)
-    return newest.step if newest else -1
+def _check_own(newest: Checkpoint, job: Job) -> None:
+    """Refuse a step that is where this retrain's will be, unless this retrain committed it before it was stopped."""
+    if newest.manifest.lineage.get("plan") != job.lineage["plan"]:
+        raise StepExistsError(
+            f"{newest.path}: committed, but not by this retrain, which trains from step {job.start_step} to "
+            f"{job.end_step}, and a committed step never changes. Give the retrain another run; or, to train on from "
+            f"that step, delete {local_path(job.store) / job.run / RECORD_NAME}. (A trainer of your own records the "
+            "job's `lineage` in what it commits.)"
+        )
 
 
 def _emit(path: Path) -> PyTorchCheckpoint:

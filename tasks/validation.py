@@ -18,7 +18,10 @@ class RefusedError(CheckpointError, ValueError):
 
 @task(task_run_name="validate {run}")
 def validate(url: str, run: str, heldout: str | None, settings: ValidationSettings) -> dict[str, Any]:
-    """Check a checkpoint's bytes, structure, values and, with held-out text, its loss; return `checks` and `heldout_loss`.
+    """Check a checkpoint's bytes, structure, values and, with held-out text, its loss.
+
+    Returns:
+        `checks` and `heldout_loss`.
 
     Raises:
         RefusedError: a check failed.
