@@ -186,7 +186,7 @@ def _each(items: Any, read: Callable[[str, Any], T]) -> dict[str, T]:
 
 def _tensor(name: str, entry: Any) -> TensorEntry:
     dtype, shape = entry["dtype"], _shape(entry["shape"])
-    if dtype not in dtypes.ITEMSIZE:
+    if type(dtype) is not str or dtype not in dtypes.ITEMSIZE:
         raise ValueError(f"{_brief(name)} has dtype {_brief(dtype)}, which is none that this library reads")
     if math.prod(size or 1 for size in shape) >= _MAX:
         raise ValueError(f"{_brief(name)} has shape {shape}, more than there can be")

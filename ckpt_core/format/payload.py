@@ -87,7 +87,8 @@ def _layout(pickled: bytes, nbytes: int, where: str) -> tuple[str, Shape, Shape,
         [dtype] = rest if isinstance(tensor, _V3) else [unit, *rest]
         shape, stride = cast("Shape", tuple(sizes)), cast("Shape", tuple(strides))
         integers = all(type(n) is int and 0 <= n < 1 << 62 for n in (*shape, *stride, offset, count))
-        whole = (kind, key) == ("storage", "0") and integers and count * dtypes.ITEMSIZE[unit] == nbytes
+        named = type(unit) is str and type(dtype) is str and (kind, key) == ("storage", "0")
+        whole = named and integers and count * dtypes.ITEMSIZE[unit] == nbytes
         if whole and len(shape) == len(stride) and nbytes % dtypes.ITEMSIZE[dtype] == 0:
             return dtype, shape, stride, offset
     except (AttributeError, TypeError, ValueError, KeyError):

@@ -144,14 +144,17 @@ def load_value(file: BinaryIO, span: Span, where: str) -> Any:
         UntrustedError: reading it would run code.
         DamagedError: it is not readable, or not what was written.
     """
-    pickles.loads(read_all(file, span, where).get("data.pkl", b""), _Anything(), where)
+    asked = _Anything()
+    pickles.loads(read_all(file, span, where).get("data.pkl", b""), asked, where)
     data = bytearray(span.length)
     read_into(file, span.offset, memoryview(data), where)
     try:
         return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise UntrustedError(f"{where}: not plain data ({reason}); nothing was run. Save numbers and text.") from None
+    except pickle.UnpicklingError:
+        raise UntrustedError(
+            f"{where}: not plain data: its pickle asks for {', '.join(asked.names)[:500]}; nothing was run. Save "
+            "numbers, text, lists, dicts and tensors."
+        ) from None
     except Exception as error:  # noqa: BLE001 - torch's unpickler raises whatever a hostile file makes it raise
         raise DamagedError(f"{where}: not a readable value ({error}); restore a copy of the checkpoint.") from None
 
@@ -159,9 +162,15 @@ def load_value(file: BinaryIO, span: Span, where: str) -> Any:
 class _Anything(dict[tuple[str, str], Any]):
     """Stands for every global, so that only a pickle's structure is judged; torch judges the globals after it."""
 
+    @property
+    def names(self) -> list[str]:
+        """What the pickle asked for."""
+        return [f"{module}.{name}" for module, name in self]
+
     def __missing__(self, key: tuple[str, str]) -> Any:
         if key == ("builtins", "bytearray"):  # takes as much memory as a number says
             raise KeyError(key)
+        self[key] = pickles.Record
         return pickles.Record
 
 
