@@ -84,10 +84,7 @@ class SafeReader(StorageReader):
         name = item.storage_index.fqn
         where = f"{self.path / chunk.span.file}: {name}"
         if item.type == LoadItemType.BYTE_IO:
-            buffer = io.BytesIO()
-            torch.save(load_value(file, chunk.span, where), buffer)  # the planner may be one that runs what it loads
-            buffer.seek(0)
-            planner.load_bytes(item, buffer)
+            planner.load_bytes(item, _harmless(load_value(file, chunk.span, where), where))
             return
         target = planner.resolve_tensor(item).detach()
         payload = locate_chunk(file, chunk.span, self.index.tensors[name].dtype, chunk.sizes, where)
@@ -159,6 +156,19 @@ def load_value(file: BinaryIO, span: Span, where: str) -> Any:
         raise DamagedError(f"{where}: not a readable value ({error}); restore a copy of the checkpoint.") from None
 
 
+def _harmless(value: Any, where: str) -> io.BytesIO:
+    """Return plain data as bytes, for a planner that may run whatever it loads."""
+    buffer = io.BytesIO()
+    try:
+        torch.save(value, buffer)
+    except RecursionError:
+        raise DamagedError(
+            f"{where}: a value of lists in lists without end; restore a copy of the checkpoint."
+        ) from None
+    buffer.seek(0)
+    return buffer
+
+
 class _Anything(dict[tuple[str, str], Any]):
     """Stands for every global, so that only a pickle's structure is judged; torch judges the globals after it."""
 
@@ -168,7 +178,7 @@ class _Anything(dict[tuple[str, str], Any]):
         return [f"{module}.{name}" for module, name in self]
 
     def __missing__(self, key: tuple[str, str]) -> Any:
-        if key == ("builtins", "bytearray"):  # takes as much memory as a number says
+        if key[1] == "bytearray":  # takes as much memory as a number says
             raise KeyError(key)
         self[key] = pickles.Record
         return pickles.Record
