@@ -68,10 +68,14 @@ def tiny_retrain(store: Path, text: Path, **changes: Any) -> dict[str, Any]:
     return tiny | changes
 
 
+def tiny_model(tokenizer: str) -> Any:
+    """Build the tiny model, untrained."""
+    return build_model(TINY, load_tokenizer(tokenizer), seed=0)
+
+
 def commit_tiny(store: Path, tokenizer: str, *, step: int) -> Path:
     """Commit an untrained tiny model with config and tokenizer to the run `tiny`, and return the step's directory."""
-    module = build_model(TINY, load_tokenizer(tokenizer), seed=0)
-    saved = PyTorchCheckpoint(module).save(store, run="tiny", step=step, assets=tokenizer)
+    saved = PyTorchCheckpoint(tiny_model(tokenizer)).save(store, run="tiny", step=step, assets=tokenizer)
     return local_path(str(saved.url))
 
 
@@ -82,11 +86,11 @@ def file_digests(directory: Path) -> dict[str, str]:
 
 
 def artifacts_of(flow_run_id: Any) -> list[Artifact]:
-    """Return the artifacts that a flow run made, oldest first."""
+    """Return the artifacts that a flow run's tasks made to be looked at, oldest first."""
     made_by = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id]))
     with get_client(sync_client=True) as client:
         found = client.read_artifacts(artifact_filter=made_by)
-    return sorted(found, key=lambda artifact: str(artifact.created))
+    return sorted((artifact for artifact in found if artifact.key), key=lambda artifact: str(artifact.created))
 
 
 def log_of(flow_run_id: Any) -> list[str]:
