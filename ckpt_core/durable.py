@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -45,6 +46,15 @@ def sync_tree(root: Path) -> None:
     """Flush every directory below `root`, and `root`; the files in them are flushed by who wrote them."""
     for directory in [*(p for p in walk(root) if p.is_dir()), root]:
         sync_directory(directory)
+
+
+def file_size(path: Path) -> int | None:
+    """Return the size in bytes of a regular file, or of what a link leads to; None if there is none."""
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def walk(root: Path) -> Iterator[Path]:

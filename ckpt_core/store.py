@@ -257,7 +257,7 @@ def open_checkpoint(url: str | Path) -> Checkpoint:
         raise DamagedError(f"{path}: its manifest is that of step {manifest.step}; give the directory its name back.")
     for name, record in manifest.files.items():
         file = path / name
-        found = file.stat().st_size if file.is_file() else None
+        found = durable.file_size(file)
         if found != record.bytes:
             raise DamagedError(
                 f"{file}: {'missing' if found is None else f'{found} bytes'}, the manifest says {record.bytes} "

@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from ckpt_core.durable import file_size
 from ckpt_core.errors import CkptError, DamagedError, NotACheckpointError
 from ckpt_core.format import dtypes, stock
 from ckpt_core.format.cover import Shape, gap_or_overlap
@@ -117,7 +118,7 @@ def check_files(directory: Path, index: Index) -> None:
         ends[span.file] = max(ends.get(span.file, 0), span.offset + span.length)
     for name, end in ends.items():
         path = directory / name
-        size = path.stat().st_size if path.is_file() else None
+        size = file_size(path)
         if size is None:
             raise DamagedError(f"{path}: missing, or not a regular file; restore a copy of the checkpoint.")
         if size < end:
@@ -143,9 +144,9 @@ def twin_bytes(index: Index) -> bytes:
 
 
 def _read(path: Path) -> bytes:
-    if not path.is_file():
+    size = file_size(path)
+    if size is None:
         raise ValueError("not a regular file")
-    size = path.stat().st_size
     if not 0 < size <= MAX_METADATA_BYTES:
         raise ValueError(f"{size} bytes, expected 1 to {MAX_METADATA_BYTES}")
     return path.read_bytes()

@@ -1,0 +1,476 @@
+"""A store keeps whole steps: committed by one rename, never changed, listed, leased and pruned."""
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from programs import store_racer
+from programs.store_racer import FILES, RUN, commit, content
+
+from ckpt_core import durable, locks
+from ckpt_core.errors import ArgumentError, CommitError, DamagedError, NotACheckpointError, StepExistsError
+from ckpt_core.format.manifest import MANIFEST_NAME, Manifest
+from ckpt_core.store import MAX_STEP, LocalStore, local_path, open_checkpoint, open_store, parse_step, step_name
+
+PROGRAMS = Path(store_racer.__file__).parent
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(PROGRAMS.parents[2])}
+
+
+@pytest.fixture
+def store(tmp_path):
+    """An empty store."""
+    return LocalStore(tmp_path / "store")
+
+
+def names(store):
+    """All entries of the run's directory."""
+    return sorted(path.name for path in (store.root / RUN).iterdir())
+
+
+def steps(store):
+    """The committed steps."""
+    return [checkpoint.step for checkpoint in store.list(RUN)]
+
+
+def opened(handle):
+    """The path that a file descriptor was opened by."""
+    return Path(f"/proc/self/fd/{handle}").readlink()
+
+
+@contextmanager
+def holder(kind, store):
+    """A process that holds a lease or a staging directory; gives it and what it printed."""
+    process = subprocess.Popen(
+        [sys.executable, str(PROGRAMS / "store_holder.py"), kind, str(store.root)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT,
+    )  # fmt: skip
+    try:
+        yield process, process.stdout.readline().strip()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+class TestCommit:
+    """Staged, then named."""
+
+    def test_a_step(self, store):
+        """A committed step has its name, its files and its manifest; nothing else is left."""
+        commit(store, 7)
+        assert names(store) == ["step_0000000007"]
+        checkpoint = store.latest(RUN)
+        assert (checkpoint.run, checkpoint.step) == (RUN, 7)
+        assert {name for name, _ in durable.files_below(checkpoint.path)} == {*FILES, MANIFEST_NAME}
+        assert checkpoint.component("model") == checkpoint.path / "model"
+        assert checkpoint.component("optimizer") is None
+
+    def test_it_is_not_there_before(self, store):
+        """Until the rename a step is neither listed nor the latest, nor can it be opened."""
+        staging = store.stage(RUN, 7)
+        (staging.path / MANIFEST_NAME).write_bytes(Manifest(run=RUN, step=7, time="", world_size=1).to_bytes())
+        assert store.list(RUN) == []
+        assert store.latest(RUN) is None
+        assert store.runs() == []
+        with pytest.raises(NotACheckpointError, match="never committed"):
+            open_checkpoint(staging.path)
+        store.release(staging)
+        assert names(store) == []
+
+    def test_a_step_is_committed_once(self, store):
+        """A second commit of a step is an error, before anything is written, and the first stays as it was."""
+        commit(store, 7)
+        before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for _, p in durable.files_below(store.root)}
+        with pytest.raises(StepExistsError, match="never changes"):
+            store.stage(RUN, 7)
+        assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for _, p in durable.files_below(store.root)} == before
+        assert names(store) == ["step_0000000007"]
+
+    def test_of_two_writers_one_wins(self, store):
+        """Two writers that both staged a step: the second one's commit is an error, and its files go."""
+        first, second = store.stage(RUN, 7), LocalStore(store.root).stage(RUN, 7)
+        first.commit(Manifest(run=RUN, step=7, time="", world_size=1))
+        with pytest.raises(StepExistsError):
+            second.commit(Manifest(run=RUN, step=7, time="", world_size=2))
+        assert store.latest(RUN).manifest.world_size == 1
+
+    @pytest.mark.parametrize("make", [Path.touch, lambda path: path.symlink_to("/nowhere")])
+    def test_a_target_that_is_something_else(self, store, make):
+        """A file or link with the step's name is left alone."""
+        staging = store.stage(RUN, 7)
+        make(staging.target)
+        with pytest.raises(StepExistsError):
+            staging.commit(Manifest(run=RUN, step=7, time="", world_size=1))
+        assert os.path.lexists(staging.target)
+        store.release(staging)
+
+    def test_an_uncertain_commit_is_told_apart(self, store, monkeypatch):
+        """Renamed, but the parent's flush failed: a CommitError says that it may not survive a power cut."""
+        staging = store.stage(RUN, 7)
+        real = os.fsync
+
+        def failing(handle):
+            if opened(handle).name == RUN:
+                raise OSError(5, "Input/output error")
+            real(handle)
+
+        monkeypatch.setattr(os, "fsync", failing)
+        with pytest.raises(CommitError, match="may not survive a power cut"):
+            staging.commit(Manifest(run=RUN, step=7, time="", world_size=1))
+        store.release(staging)
+        assert steps(store) == [7]
+
+    def test_everything_is_flushed_before_the_name(self, store, monkeypatch):
+        """The manifest and each directory are flushed before the rename, and the run's directory after it."""
+        events = []
+        fsync, rename = os.fsync, Path.rename
+        monkeypatch.setattr(os, "fsync", lambda handle: (events.append(opened(handle).name), fsync(handle)))
+        monkeypatch.setattr(Path, "rename", lambda self, to: (events.append("RENAME"), rename(self, to))[1])
+        staging = store.stage(RUN, 7)
+        (staging.path / "model").mkdir()
+        events.clear()
+        staging.commit(Manifest(run=RUN, step=7, time="", world_size=1))
+        store.release(staging)
+        assert events == [MANIFEST_NAME, "model", staging.path.name, "RENAME", RUN]
+
+    @pytest.mark.parametrize("step", [-1, MAX_STEP + 1])
+    def test_steps_have_ten_digits(self, store, step):
+        """A step that its name could not hold is refused."""
+        with pytest.raises(ArgumentError):
+            store.stage(RUN, step)
+
+    @pytest.mark.parametrize("run", ["", ".", "..", "a/b", "../a", ".hidden", "a b", "ü", "a\0", "a\n", "x" * 65, "-a"])
+    def test_odd_names_of_runs(self, store, run):
+        """A run's name that could lead elsewhere, or hide, is refused by every method."""
+        for method in (store.list, store.latest, lambda r: store.stage(r, 1), lambda r: store.prune(r, keep_last=1)):
+            with pytest.raises(ArgumentError, match="run "):
+                method(run)
+        assert not store.root.exists()
+
+
+class TestListing:
+    """What is there, and what is skipped."""
+
+    def test_order(self, store):
+        """Steps are listed by number, whatever the order of their commits; the latest is the largest."""
+        for step in (10, 9, 100, 0):
+            commit(store, step)
+        assert steps(store) == [0, 9, 10, 100]
+        assert store.latest(RUN).step == 100
+        assert store.runs() == [RUN]
+
+    def test_nothing(self, store):
+        """A store, or a run, that does not exist is empty, and is not made by asking."""
+        assert (store.runs(), store.list(RUN), store.latest(RUN), store.prune(RUN, keep_last=1)) == ([], [], None, [])
+        assert not store.root.exists()
+
+    def test_what_is_no_step(self, store):
+        """Names that only look like steps, and runs with odd names, are left out."""
+        commit(store, 7)
+        for name in ("step_7", "step_00000000070", "step_000000000x", "xstep_0000000008", "step_0000000008 ", "notes"):
+            shutil.copytree(store.root / RUN / "step_0000000007", store.root / RUN / name)
+        shutil.copytree(store.root / RUN, store.root / ".hidden")
+        (store.root / "file").touch()
+        assert steps(store) == [7]
+        assert store.runs() == [RUN]
+
+    @pytest.mark.parametrize("spoil", [
+        lambda p: (p / MANIFEST_NAME).unlink(),
+        lambda p: (p / MANIFEST_NAME).write_bytes(b"{"),
+        lambda p: os.truncate(p / MANIFEST_NAME, 100),
+        lambda p: (p / FILES[0]).unlink(),
+        lambda p: os.truncate(p / FILES[0], 3),
+        lambda p: (p / FILES[0]).write_bytes(b""),
+        lambda p: shutil.rmtree(p / "model"),
+        lambda p: (shutil.rmtree(p), p.touch()),
+        lambda p: ((p / FILES[0]).unlink(), os.mkfifo(p / FILES[0])),
+        lambda p: (p.rename(p.with_name("step_0000000009")), p.with_name("step_0000000007")),
+    ])  # fmt: skip
+    def test_a_damaged_newest_step_is_skipped(self, store, caplog, spoil):
+        """Where the newest step is damaged the one before is the latest, and a log line says why."""
+        commit(store, 7)
+        commit(store, 8)
+        spoil(store.root / RUN / "step_0000000008")
+        with caplog.at_level(logging.WARNING, logger="ckpt_core.store"):
+            assert store.latest(RUN).step == 7
+        assert "skipped" in caplog.text
+        assert "step_000000000" in caplog.text
+        assert steps(store) == [7]
+
+    def test_opening_names_the_damage(self, store):
+        """`open_checkpoint` tells a step that is not there from one that is damaged."""
+        commit(store, 7)
+        path = store.root / RUN / "step_0000000007"
+        with pytest.raises(NotACheckpointError):
+            open_checkpoint(path.with_name("step_0000000008"))
+        os.truncate(path / FILES[0], 3)
+        with pytest.raises(DamagedError, match=r"model/a\.bin: 3 bytes, the manifest says"):
+            open_checkpoint(path)
+
+    def test_a_step_under_another_number(self, store):
+        """A step that was copied to another number is damaged: its manifest knows better."""
+        commit(store, 7)
+        shutil.copytree(store.root / RUN / "step_0000000007", store.root / RUN / "step_0000000008")
+        with pytest.raises(DamagedError, match="manifest is that of step 7"):
+            open_checkpoint(store.root / RUN / "step_0000000008")
+        shutil.copytree(store.root / RUN / "step_0000000007", store.root / "restored")
+        assert open_checkpoint(store.root / "restored").step == 7
+
+    def test_a_thousand_steps(self, store, capsys):
+        """A thousand steps are listed, and the latest of them found without reading the others."""
+        commit(store, 0)
+        template = store.root / RUN / step_name(0)
+        for step in range(1, 1000):
+            target = store.root / RUN / step_name(step)
+            shutil.copytree(template, target, copy_function=os.link)
+            manifest = (
+                Manifest(run=RUN, step=step, time="", world_size=1, files=store.list(RUN)[0].manifest.files)
+                if step == 1
+                else manifest_of(store, step)
+            )
+            (target / MANIFEST_NAME).unlink()
+            (target / MANIFEST_NAME).write_bytes(manifest.to_bytes())
+        start = time.perf_counter()
+        assert store.latest(RUN).step == 999
+        middle = time.perf_counter()
+        assert steps(store) == list(range(1000))
+        end = time.perf_counter()
+        with capsys.disabled():
+            print(f"\n1,000 steps: latest {1000 * (middle - start):.1f} ms, list {1000 * (end - middle):.0f} ms")
+
+
+def manifest_of(store, step):
+    """The manifest of a step with the files of step 0."""
+    files = open_checkpoint(store.root / RUN / step_name(0)).manifest.files
+    return Manifest(run=RUN, step=step, time="", world_size=1, files=files)
+
+
+class TestPrune:
+    """Old steps go; what is read, written or new stays."""
+
+    def test_keep_last(self, store):
+        """The newest steps stay, the deleted ones are returned, oldest first, and nothing is left of them."""
+        for step in range(5):
+            commit(store, step)
+        assert store.prune(RUN, keep_last=2) == [0, 1, 2]
+        assert store.prune(RUN, keep_last=2) == []
+        assert names(store) == ["step_0000000003", "step_0000000004"]
+
+    @pytest.mark.parametrize("keep", [0, -1])
+    def test_the_newest_always_stays(self, store, keep):
+        """Keeping none is refused."""
+        with pytest.raises(ArgumentError):
+            store.prune(RUN, keep_last=keep)
+
+    def test_only_whole_steps_count(self, store):
+        """A damaged step is neither counted nor deleted: it may be all that is left of something."""
+        for step in range(4):
+            commit(store, step)
+        os.truncate(store.root / RUN / step_name(3) / FILES[0], 1)
+        assert store.prune(RUN, keep_last=1) == [0, 1]
+        assert names(store) == ["step_0000000002", "step_0000000003"]
+
+    def test_a_leased_step_stays(self, store, caplog):
+        """What another process reads is not deleted; once that process is dead, it is."""
+        commit(store, 1)
+        with holder("lease", store) as (process, said):
+            assert said == "1"
+            commit(store, 2)
+            assert store.prune(RUN, keep_last=1) == []
+            assert "being read" in caplog.text
+            assert steps(store) == [1, 2]
+            process.kill()
+            process.wait()
+            assert store.prune(RUN, keep_last=1) == [1]
+
+    def test_a_lease_in_the_same_process(self, store):
+        """Several leases of one step can be held; it can be deleted after the last."""
+        commit(store, 1)
+        commit(store, 2)
+        checkpoint = store.list(RUN)[0]
+        with checkpoint.lease():
+            with checkpoint.lease():
+                pass
+            assert store.prune(RUN, keep_last=1) == []
+        assert store.prune(RUN, keep_last=1) == [1]
+
+    def test_a_lease_of_what_is_gone(self, store):
+        """A step that was deleted between listing and leasing is an error, not a half read."""
+        commit(store, 1)
+        commit(store, 2)
+        checkpoint = store.list(RUN)[0]
+        store.prune(RUN, keep_last=1)
+        with pytest.raises(NotACheckpointError, match="pruner"), checkpoint.lease():
+            pass
+
+    def test_latest_looks_again(self, store, monkeypatch):
+        """Where all listed steps were pruned meanwhile, a newer one was committed: it is found."""
+        commit(store, 1)
+        real = locks.os.listdir
+        once = []
+
+        def listed(path):
+            found = real(path)
+            if not once:
+                once.append(True)
+                commit(store, 2)
+                shutil.rmtree(store.root / RUN / step_name(1))
+            return found
+
+        monkeypatch.setattr("os.listdir", listed)
+        assert store.latest(RUN).step == 2
+
+
+class TestDebris:
+    """What dead writers leave is removed, what live ones write is not."""
+
+    def test_of_a_dead_writer(self, store):
+        """The staging directory of a killed process goes with the next step, or with a prune."""
+        for sweep in (lambda: commit(store, 1), lambda: store.prune(RUN, keep_last=1)):
+            with holder("stage", store) as (process, path):
+                process.kill()
+                process.wait()
+            assert (Path(path) / "half").exists()
+            sweep()
+            assert names(store) == ["step_0000000001"]
+
+    def test_of_a_live_writer(self, store):
+        """The staging directory of a live process stays."""
+        with holder("stage", store) as (_, path):
+            commit(store, 1)
+            store.prune(RUN, keep_last=1)
+            assert (Path(path) / "half").read_bytes() == b"half"
+        assert names(store) == sorted(["step_0000000001", Path(path).name])
+
+    def test_of_a_dead_pruner(self, store):
+        """What a killed pruner had renamed is deleted by the next."""
+        commit(store, 1)
+        shutil.copytree(store.root / RUN / step_name(1), store.root / RUN / ".trash-step_0000000000-x")
+        store.prune(RUN, keep_last=1)
+        assert names(store) == ["step_0000000001"]
+
+    def test_a_directory_that_two_delete(self, tmp_path, monkeypatch):
+        """Files that another process deletes at the same time do not stop a deletion half way."""
+        for number in range(5):
+            (tmp_path / "x" / str(number)).mkdir(parents=True)
+            (tmp_path / "x" / str(number) / "file").touch()
+        real = os.unlink
+
+        def unlink(path, **options):
+            real(path, **options)
+            monkeypatch.undo()
+            raise FileNotFoundError(path)
+
+        monkeypatch.setattr(os, "unlink", unlink)
+        durable.remove_tree(tmp_path / "x")
+        assert not (tmp_path / "x").exists()
+
+    def test_a_sweeper_between_mkdir_and_lock(self, tmp_path, monkeypatch):
+        """A staging directory that is swept before it is locked is made again."""
+        real = os.open
+        swept = []
+
+        def sweeping(path, flags, *rest):
+            if not swept:
+                swept.append(path)
+                Path(path).rmdir()
+            return real(path, flags, *rest)
+
+        monkeypatch.setattr(os, "open", sweeping)
+        os.close(locks.make_locked(tmp_path / "x"))
+        assert swept == [tmp_path / "x"]
+        assert (tmp_path / "x").is_dir()
+
+
+def test_readers_writers_and_a_pruner_race(store, capsys):
+    """Readers see whole steps of one number each and never an older one again, whatever writers and pruners do."""
+    commit(store, 1)
+    seconds = "4"
+    roles = [
+        ("write", 2, 2),
+        ("write", 3, 2),
+        ("read", 0, 0),
+        ("read", 0, 0),
+        ("list", 0, 0),
+        ("prune", 0, 0),
+        ("prune", 0, 0),
+    ]
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(PROGRAMS / "store_racer.py"), role, str(store.root), seconds, str(first), str(stride)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
+        )
+        for role, first, stride in roles
+    ]  # fmt: skip
+    outcomes = [process.communicate(timeout=60) for process in started]
+    assert [process.returncode for process in started] == [0] * len(roles), [errors for _, errors in outcomes]
+    counts = [int(out) for out, _ in outcomes]
+    assert min(counts) > 3
+    with capsys.disabled():
+        print(f"\nrace of {seconds} s: {list(zip([role for role, _, _ in roles], counts, strict=True))}")
+    store.prune(RUN, keep_last=2)
+    left = store.list(RUN)
+    assert len(left) == 2
+    assert names(store) == [c.path.name for c in left]
+    for checkpoint in left:
+        for name in FILES:
+            assert (checkpoint.path / name).read_bytes() == content(checkpoint.step, name)
+
+
+class TestNames:
+    """Names and URLs, both ways."""
+
+    @given(st.integers(0, MAX_STEP))
+    def test_step_names(self, step):
+        """`parse_step` is the inverse of `step_name`, and names sort as numbers do."""
+        assert parse_step(step_name(step)) == step
+        assert len(step_name(step)) == len("step_0000000500")
+
+    @given(st.text(max_size=20) | st.from_regex(r"step_[0-9]{9,11}\n?"))
+    def test_other_names(self, name):
+        """Any text is either the one name of a step, or none."""
+        step = parse_step(name)
+        assert step is None or step_name(step) == name
+
+    @pytest.mark.parametrize("name", ["plain", "with space", "grün", "a%20b", "a#b?c", "tab\t", "quote'\"", "\udcff"])
+    def test_url_forms(self, tmp_path, name):
+        """A path, its text, its `file://` URL and that with `localhost` name the same store, whatever its letters."""
+        root = tmp_path / name
+        uri = root.as_uri()
+        for form in (root, str(root), uri, uri.replace("file://", "file://localhost"), uri.replace("file://", "file:")):
+            assert local_path(form) == root
+        store = open_store(uri)
+        commit(store, 3)
+        assert open_store(root).latest(RUN).path == root / RUN / step_name(3)
+        assert open_checkpoint(store.latest(RUN).url).step == 3
+        assert store.url == uri
+
+    def test_relative_paths(self, tmp_path, monkeypatch):
+        """A relative path is taken from where the process is, once."""
+        monkeypatch.chdir(tmp_path)
+        store = LocalStore("here")
+        monkeypatch.chdir("/")
+        commit(store, 1)
+        assert (tmp_path / "here" / RUN / step_name(1)).is_dir()
+
+    @pytest.mark.parametrize(
+        "url",
+        ["s3://bucket/x", "http://host/x", "file://host/x", "file://relative", "http://[x", "file:///a?b", "file:///a#b",
+         "a\0b", "file:///a%00b"],
+    )  # fmt: skip
+    def test_other_urls(self, url):
+        """A URL that names no local path is refused, and not taken for one."""
+        with pytest.raises(ArgumentError):
+            open_store(url)
+
+    def test_an_odd_local_path_is_no_url(self):
+        """Text that only reminds of a URL is a path."""
+        assert local_path("//[x") == Path("//[x")
+        assert local_path("a:b") == Path.cwd() / "a:b"
