@@ -106,17 +106,18 @@ def _config(config: Mapping[str, Any]) -> Any:
     fields = {name: value for name, value in config.items() if name not in {"model_type", "transformers_version"}}
     try:
         return AutoConfig.for_model(config["model_type"], **fields)
-    except (ValueError, TypeError, KeyError) as error:
-        raise MismatchError(f"config of {config.get('model_type')!r}: {error}") from None
+    except Exception as error:  # noqa: BLE001 - each config class has checks and errors of its own
+        raise MismatchError(f"config of {config.get('model_type')!r}: {error}; check config.json.") from None
 
 
 def _describe(cls: Any, config: Mapping[str, Any]) -> Architecture:
     import torch
 
+    built = _config(config)
     try:
         with torch.device("meta"):
-            model = cls(_config(config))
-    except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
+            model = cls(built)
+    except Exception as error:  # noqa: BLE001 - each model class has checks and errors of its own
         raise MismatchError(f"{cls.__name__}: cannot be built from its config ({error}); check config.json.") from None
     state = model.state_dict()
     ties = {target: source for target, source in (model.all_tied_weights_keys or {}).items() if target in state}

@@ -81,6 +81,9 @@ def make_plan(index: Index, architecture: Architecture, *, dtype: str | None, ma
     rules = [f"names: {prefix!r} removed from the front"] if prefix else []
     outputs: list[Output] = []
     repeated: list[Tie] = []
+    values = [prefix + name for name in wanted if prefix + name in index.values]
+    if values:
+        raise MismatchError(f"{where}: {values[0]} is a value, {architecture.name} expects a tensor; give its config.")
     for name in wanted:
         twins = [prefix + n for n in (name, *(t for t, s in ties.items() if s == name)) if prefix + n in index.tensors]
         outputs.append(_output(architecture, name, twins[0], index, dtype, where))

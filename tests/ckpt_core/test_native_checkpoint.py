@@ -4,20 +4,18 @@ import fcntl
 import inspect
 import os
 import shutil
-import signal
-import subprocess
-import time
 import warnings
 from pathlib import Path
 from typing import Any
 
-import gloo_ranks
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from small_models import assert_same, layers, snapshot, train
+from children import Words, training
+from small_models import assert_same, layers, snapshot
 from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
+from tracing import CHANGING, NAMING, can_trace, kill_everywhere
 
 from ckpt_core import PyTorchCheckpoint, native_checkpoint
 from ckpt_core.errors import ArgumentError, CommitError, DamagedError, MismatchError, NotACheckpointError
@@ -25,25 +23,6 @@ from ckpt_core.format.index import read_index
 from ckpt_core.native_checkpoint import ModelState, OptimizerState, load_checkpoint, save_checkpoint
 
 NAMES = [f"{layer}.{kind}" for layer in (0, 1, 3) for kind in ("weight", "bias")]
-
-
-class Tokenizer:
-    """Writes two files, one of them in a directory below."""
-
-    def save_pretrained(self, directory: str) -> None:
-        """Write them."""
-        Path(directory, "tokenizer.json").write_text("{}")
-        Path(directory, "extra").mkdir()
-        Path(directory, "extra", "merges.txt").write_text("a b")
-
-
-def parts(*, steps: int = 2, seed: int = 0) -> tuple[nn.ModuleList, torch.optim.Optimizer, Any]:
-    """Return a model, its Adam and a scheduler after some steps."""
-    model = layers(seed)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.001)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.1)
-    train(model, optimizer, scheduler, steps)
-    return model, optimizer, scheduler
 
 
 def stock_save(state: dict[str, Any], path: Path) -> None:
@@ -110,7 +89,7 @@ class TestStates:
 
     def test_an_optimizer_that_never_stepped_has_a_state_for_every_name(self) -> None:
         """Its state has `optim`, by name and complete, and `sched`; it takes any values; it is left as it was."""
-        model, optimizer, scheduler = parts(steps=0)
+        model, optimizer, scheduler = training(steps=0)
         before = snapshot(model, optimizer, scheduler)
         state = OptimizerState(model, optimizer, scheduler)
         assert isinstance(state, Stateful)
@@ -129,7 +108,7 @@ class TestStates:
 
     def test_without_a_scheduler_there_is_no_sched(self) -> None:
         """A scheduler's state is there if and only if a scheduler is; one on the loading side alone is left."""
-        model, optimizer, scheduler = parts()
+        model, optimizer, scheduler = training()
         state = OptimizerState(model, optimizer).state_dict()
         assert list(state) == ["optim"]
         before = snapshot(scheduler)
@@ -143,7 +122,7 @@ class TestSaveAndLoad:
     @pytest.mark.parametrize("steps", [0, 3])
     def test_everything_comes_back(self, tmp_path: Path, steps: int) -> None:
         """Model, optimizer and scheduler of others are equal to those saved, which saving left as they were."""
-        saved = parts(steps=steps)
+        saved = training(steps=steps)
         before = snapshot(*saved)
         model, optimizer, scheduler = saved
         paths = str(tmp_path / "run" / "model"), str(tmp_path / "run" / "optimizer")
@@ -153,7 +132,7 @@ class TestSaveAndLoad:
             "run",
             *(f"run/{part}{name}" for part in ("model", "optimizer") for name in ("", "/.metadata", "/__0_0.distcp")),
         ]
-        other, fresh, _ = parts(steps=1, seed=1)
+        other, fresh, _ = training(steps=1, seed=1)
         schedule = torch.optim.lr_scheduler.StepLR(fresh, step_size=4, gamma=0.2)
         assert load_checkpoint(other, paths[0], fresh, schedule, optimizer_path=paths[1]) is None
         assert_same(snapshot(other, fresh, schedule), before)
@@ -177,12 +156,12 @@ class TestSaveAndLoad:
 
     def test_missing_paths_are_value_errors_before_anything_is_written(self, tmp_path: Path) -> None:
         """An optimizer without optimizer_path and a tokenizer without tokenizer_path are refused at once."""
-        model, optimizer, _ = parts()
+        model, optimizer, _ = training()
         weights = str(tmp_path / "weights")
         with pytest.raises(ValueError, match="optimizer_path"):
             save_checkpoint(model, weights, optimizer)
         with pytest.raises(ValueError, match="tokenizer_path"):
-            save_checkpoint(model, weights, tokenizer=Tokenizer())
+            save_checkpoint(model, weights, tokenizer=Words())
         assert list(tmp_path.iterdir()) == []
         save_checkpoint(model, weights)
         before = snapshot(model)
@@ -192,7 +171,7 @@ class TestSaveAndLoad:
 
     def test_a_path_that_is_taken_is_refused_and_nothing_is_written(self, tmp_path: Path) -> None:
         """A checkpoint, a file or any full directory at either path is a FileExistsError; an empty one is taken."""
-        model, optimizer, _ = parts()
+        model, optimizer, _ = training()
         taken, free = tmp_path / "taken", tmp_path / "free"
         save_checkpoint(model, str(taken))
         (tmp_path / "file").write_text("a")
@@ -219,21 +198,21 @@ class TestSaveAndLoad:
         self, tmp_path: Path, weights: str, optimizer_path: str, tokenizer_path: str
     ) -> None:
         """Whichever path holds which, each gets its files, and nothing else is left."""
-        saved = parts()
+        saved = training()
         model, optimizer, scheduler = saved
         path = {"weights_path": weights, "optimizer_path": optimizer_path, "tokenizer_path": tokenizer_path}
         path = {name: str(tmp_path / place) for name, place in path.items()}
-        save_checkpoint(model, optimizer=optimizer, scheduler=scheduler, tokenizer=Tokenizer(), **path)
+        save_checkpoint(model, optimizer=optimizer, scheduler=scheduler, tokenizer=Words(), **path)
         files = {f"{place}/{name}" for place in (weights, optimizer_path) for name in (".metadata", "__0_0.distcp")}
         files |= {f"{tokenizer_path}/tokenizer.json", f"{tokenizer_path}/extra/merges.txt"}
         assert {name for name in files_in(tmp_path) if (tmp_path / name).is_file()} == files
-        restored = parts(seed=1)
+        restored = training(seed=1)
         load_checkpoint(restored[0], path["weights_path"], *restored[1:], path["optimizer_path"])
         assert_same(snapshot(*restored), snapshot(*saved))
 
     def test_the_same_path_for_two_things_is_an_error(self, tmp_path: Path) -> None:
         """Model and optimizer in one directory would mix: refused, with nothing written."""
-        model, optimizer, _ = parts()
+        model, optimizer, _ = training()
         with pytest.raises(ArgumentError, match="two things"):
             save_checkpoint(model, str(tmp_path / "a"), optimizer, None, str(tmp_path / "b" / ".." / "a"))
         assert list(tmp_path.iterdir()) == []
@@ -244,7 +223,7 @@ class TestSaveAndLoad:
         place.mkdir()
         (place / "mine").write_text("a")
         (place / "tokenizer.json").write_text("old")
-        save_checkpoint(layers(), str(tmp_path / "weights"), tokenizer=Tokenizer(), tokenizer_path=str(place))
+        save_checkpoint(layers(), str(tmp_path / "weights"), tokenizer=Words(), tokenizer_path=str(place))
         assert files_in(place) == ["extra", "extra/merges.txt", "mine", "tokenizer.json"]
         assert (place / "tokenizer.json").read_text() == "{}"
 
@@ -254,7 +233,7 @@ class TestSaveAndLoad:
         if not os.access(shared_memory, os.W_OK) or shared_memory.stat().st_dev == tmp_path.stat().st_dev:
             pytest.skip("needs /dev/shm on a file system of its own")
         elsewhere = shared_memory / f"ckptflow-{os.getpid()}"
-        model, optimizer, _ = parts()
+        model, optimizer, _ = training()
         try:
             save_checkpoint(model, str(tmp_path / "weights"), optimizer, None, str(elsewhere / "optimizer"))
             assert files_in(elsewhere) == ["optimizer", "optimizer/.metadata", "optimizer/__0_0.distcp"]
@@ -272,7 +251,7 @@ class TestSaveAndLoad:
         optimizer = torch.optim.Adam(model.parameters())
         with pytest.raises(ArgumentError, match=r"_extra_state\.odd"):
             save_checkpoint(
-                model, str(tmp_path / "w"), optimizer, None, str(tmp_path / "o"), Tokenizer(), str(tmp_path / "t")
+                model, str(tmp_path / "w"), optimizer, None, str(tmp_path / "o"), Words(), str(tmp_path / "t")
             )
         assert list(tmp_path.iterdir()) == []
 
@@ -297,9 +276,9 @@ class TestOtherWriters:
     @pytest.mark.parametrize("steps", [0, 3])
     def test_plain_dcp_reads_what_is_saved(self, tmp_path: Path, steps: int) -> None:
         """dcp.load with the two states, and with a bare state dict, reads both directories."""
-        saved = parts(steps=steps)
+        saved = training(steps=steps)
         save_checkpoint(saved[0], str(tmp_path / "w"), *saved[1:], str(tmp_path / "o"))
-        model, optimizer, scheduler = parts(steps=0, seed=1)
+        model, optimizer, scheduler = training(steps=0, seed=1)
         stock_load({"model": ModelState(model)}, tmp_path / "w")
         stock_load({"optim": OptimizerState(model, optimizer, scheduler)}, tmp_path / "o")
         assert_same(snapshot(model, scheduler), snapshot(saved[0], saved[2]))
@@ -311,10 +290,10 @@ class TestOtherWriters:
 
     def test_what_plain_dcp_saved_is_loaded(self, tmp_path: Path) -> None:
         """Model and optimizer that NeMo-RL's own way of saving wrote come back."""
-        saved = parts()
+        saved = training()
         stock_save({"model": ModelState(saved[0])}, tmp_path / "w")
         stock_save({"optim": OptimizerState(*saved)}, tmp_path / "o")
-        other = parts(steps=0, seed=1)
+        other = training(steps=0, seed=1)
         load_checkpoint(other[0], str(tmp_path / "w"), *other[1:], str(tmp_path / "o"))
         assert_same(snapshot(*other), snapshot(*saved))
 
@@ -352,7 +331,7 @@ class TestOtherWriters:
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         """A directory of torchtitan's, with optimizer and counters, loads; the log tells of unknown tensors."""
-        model, optimizer, _ = parts()
+        model, optimizer, _ = training()
         state = {**model.state_dict(), "optimizer": OptimizerState(model, optimizer).state_dict()["optim"]}
         stock_save({**state, "train_state": {"step": torch.tensor(3)}}, tmp_path / "a")
         other = layers(seed=1)
@@ -373,16 +352,16 @@ class TestOtherWriters:
 
     def test_a_step_of_a_store_is_a_checkpoint_too(self, tmp_path: Path) -> None:
         """load_checkpoint reads the model and optimizer of a step that PyTorchCheckpoint committed."""
-        saved = parts()
+        saved = training()
         PyTorchCheckpoint(module=saved[0], optimizer=saved[1]).save(tmp_path, step=1, scheduler=saved[2])
         step = str(tmp_path / "default" / "step_0000000001")
-        other = parts(steps=0, seed=1)
+        other = training(steps=0, seed=1)
         load_checkpoint(other[0], step, *other[1:], step)
         assert_same(snapshot(*other), snapshot(*saved))
 
     def test_what_is_not_there_is_named(self, tmp_path: Path) -> None:
         """Without a checkpoint the error says where one is; several need a choice; a model is no optimizer."""
-        model, optimizer, _ = parts()
+        model, optimizer, _ = training()
         with pytest.raises(FileNotFoundError, match=r"no DCP checkpoint"):
             load_checkpoint(model, str(tmp_path))
         save_checkpoint(model, str(tmp_path / "deep" / "down" / "somewhere"))
@@ -398,85 +377,37 @@ class TestOtherWriters:
         assert_same(snapshot(optimizer), before)
 
 
-SYSTEM_CALLS = "mkdir,openat,write,pwrite64,fsync,rename,renameat,renameat2,unlink,unlinkat,rmdir"
-
-
-def save_when_continued(weights: str, optimizer_path: str) -> None:
-    """Stop until the tracer is there, then save."""
-    model, optimizer, scheduler = parts(steps=1)
-    os.kill(os.getpid(), signal.SIGSTOP)
-    save_checkpoint(model, weights, optimizer, scheduler, optimizer_path, Tokenizer(), f"{weights}-tokenizer")
-
-
-def save_killed_at(call: str, count: int, weights: Path, optimizer_path: Path) -> bool:
-    """Save in a process that is killed before its `count`th `call`; return whether it was."""
-    process = gloo_ranks.fork(save_when_continued, str(weights), str(optimizer_path))
-    status = Path(f"/proc/{process.pid}/status")
-    wait_for(lambda: "State:\tT" in status.read_text())
-    command = ["strace", "-f", "-qq", "-o", "/dev/null", "-p", str(process.pid)]
-    tracer = subprocess.Popen([*command, "-e", f"trace={call}", "-e", f"inject={call}:signal=KILL:when={count}"])
-    try:
-        wait_for(lambda: "TracerPid:\t0\n" not in status.read_text())
-        os.kill(process.pid, signal.SIGCONT)
-        process.join(30)
-        assert process.exitcode in (0, -signal.SIGKILL), process.exitcode
-        return process.exitcode != 0
-    finally:
-        process.kill()
-        tracer.wait(10)
-
-
-def wait_for(condition: Any) -> None:
-    """Wait until a condition holds."""
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
-
-
-def can_trace() -> bool:
-    """Whether strace is there and may attach to other processes."""
-    if shutil.which("strace") is None:
-        return False
-    with subprocess.Popen(["sleep", "30"]) as sleeper:
-        tracer = subprocess.run(
-            ["timeout", "1", "strace", "-qq", "-p", str(sleeper.pid)], capture_output=True, check=False
-        )
-        sleeper.kill()
-    return tracer.returncode == 124
-
-
 @pytest.mark.parametrize("nested", [False, True], ids=["beside", "inside"])
 def test_killed_anywhere_each_path_is_whole_or_absent_and_a_retry_completes(tmp_path: Path, nested: bool) -> None:
     """SIGKILL before each system call of a save that changes a file leaves no half; saving again works, and cleans."""
     if not can_trace():
         pytest.skip("needs strace, and the right to attach it")
-    kills = 0
-    count = 0
-    while True:
-        count += 1
-        place = tmp_path / str(count)
+    saved = training(steps=1)
+    expected = snapshot(*saved)
+
+    def paths(place: Path) -> tuple[str, str, str]:
         weights = place / "step" / "weights"
-        optimizer_path = weights / "optimizer" if nested else place / "step" / "optimizer"
-        if not save_killed_at(SYSTEM_CALLS, count, weights, optimizer_path):
-            break
-        kills += 1
+        beside = weights.parent
+        return str(weights), str((weights if nested else beside) / "optimizer"), str(beside / "tokenizer")
+
+    def prepare(place: Path) -> tuple[Any, ...]:
+        return save_when_continued, *paths(place)
+
+    def check(place: Path) -> None:
+        weights, optimizer_path, tokenizer_path = paths(place)
         for path in (weights, optimizer_path):
-            if path.exists():
+            if Path(path).exists():
+                assert files_in(Path(path))[:2] == [".metadata", "__0_0.distcp"]
                 read_index(path)
-                assert files_in(path)[:1] == [".metadata"]
-        complete = weights.exists()
-        model, optimizer, scheduler = parts(steps=1)
-        if complete:
-            assert optimizer_path.exists()
+        if Path(weights).exists():
+            assert Path(optimizer_path).exists(), "the model's is the last"
         else:
-            save_checkpoint(
-                model, str(weights), optimizer, scheduler, str(optimizer_path), Tokenizer(), f"{weights}-tokenizer"
-            )
-            assert sorted(p.name for p in (place / "step").iterdir()) == sorted(
-                ["weights", "weights-tokenizer"] + ["optimizer"] * (not nested)
-            )
-        other = parts(steps=0, seed=1)
-        load_checkpoint(other[0], str(weights), *other[1:], str(optimizer_path))
-        assert_same(snapshot(*other), snapshot(model, optimizer, scheduler))
-    assert kills > 20
+            save_checkpoint(saved[0], weights, saved[1], saved[2], optimizer_path, Words(), tokenizer_path)
+            names = ["tokenizer", "weights"] if nested else ["optimizer", "tokenizer", "weights"]
+            assert sorted(p.name for p in (place / "step").iterdir()) == names
+        other = training(steps=0, seed=1)
+        load_checkpoint(other[0], weights, *other[1:], optimizer_path)
+        assert_same(snapshot(*other), expected)
+
+    kills = kill_everywhere(NAMING if nested else CHANGING, tmp_path, prepare, check)
+    assert kills > (8 if nested else 25)

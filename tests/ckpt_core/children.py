@@ -1,0 +1,73 @@
+"""What child processes do in the tests: kept apart from the tests, so that a child imports no more than it needs."""
+
+import os
+import resource
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from small_models import layers, train
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+from ckpt_core import io
+from ckpt_core.export import convert, plan_export
+from ckpt_core.export.assets import read_assets
+from ckpt_core.native_checkpoint import save_checkpoint
+
+
+class Words:
+    """A tokenizer that writes two files, one of them in a directory below."""
+
+    def save_pretrained(self, directory: str) -> None:
+        """Write them."""
+        Path(directory, "tokenizer.json").write_text("{}")
+        Path(directory, "extra").mkdir()
+        Path(directory, "extra", "merges.txt").write_text("a b")
+
+
+def training(*, steps: int = 2, seed: int = 0) -> tuple[nn.ModuleList, torch.optim.Optimizer, Any]:
+    """Return a model, its Adam and a scheduler after some steps."""
+    model = layers(seed)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.001)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.1)
+    train(model, optimizer, scheduler, steps)
+    return model, optimizer, scheduler
+
+
+def save_when_continued(weights: str, optimizer_path: str, tokenizer_path: str) -> None:
+    """Stop until the tracer is there, then save."""
+    model, optimizer, scheduler = training(steps=1)
+    os.kill(os.getpid(), signal.SIGSTOP)
+    save_checkpoint(model, weights, optimizer, scheduler, optimizer_path, Words(), tokenizer_path)
+
+
+def convert_when_continued(directory: str, assets: str, target: str, overwrite: bool) -> None:
+    """Stop until the tracer is there, then convert."""
+    given = read_assets(Path(assets))
+    plan_export(Path(directory), given)
+    os.kill(os.getpid(), signal.SIGSTOP)
+    convert(Path(directory), Path(target), assets=given, overwrite=overwrite)
+
+
+def convert_with_little_room(directory: str, assets: str, target: str) -> None:
+    """Convert where no file may be larger than 5000 bytes; exit with the number of the error."""
+    given = read_assets(Path(assets))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))
+    try:
+        convert(Path(directory), Path(target), assets=given)
+    except OSError as error:
+        os._exit(error.errno or 1)
+
+
+def save_as(state_file: str, directory: str, layout: str) -> None:
+    """Save a state dict from all ranks, each with its part: rows, columns or rectangles of the matrices."""
+    state = torch.load(state_file, weights_only=True)
+    mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("outer", "inner"))
+    placements = {"rows": [Replicate(), Shard(0)], "columns": [Replicate(), Shard(1)], "both": [Shard(0), Shard(1)]}
+    for name, tensor in state.items():
+        state[name] = distribute_tensor(tensor, mesh, placements[layout] if tensor.dim() == 2 else [Replicate()] * 2)
+    io.save({"model": state}, Path(directory))

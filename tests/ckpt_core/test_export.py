@@ -1,0 +1,442 @@
+"""DCP to Hugging Face safetensors: the same bytes as save_pretrained's, or a named error and nothing written."""
+
+import errno
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gloo_ranks
+import pytest
+import torch
+from children import convert_when_continued, convert_with_little_room, save_as
+from safetensors.torch import load_file
+from small_models import assert_same
+from small_transformers import (
+    FUSED,
+    MODELS,
+    checkpoint_of,
+    config_directory,
+    model_of,
+    read_json,
+    save_pretrained,
+    tokenizer,
+)
+from tracing import CHANGING, NAMING, can_trace, kill_everywhere
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaModel
+
+from ckpt_core import PyTorchCheckpoint, errors, io, open_checkpoint
+from ckpt_core.export import Assets, convert, convert_checkpoint, plan_export, read_export
+from ckpt_core.export.assets import fetch_assets, read_assets
+from ckpt_core.native_checkpoint import convert_dcp_to_hf, save_checkpoint
+
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Assets]:
+    """Return the DCP directory and the assets of a small Llama."""
+    return checkpoint_of(model_of("llama"), tmp_path_factory.mktemp("llama"))
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Return the bytes of each file in a directory."""
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+def save_states(state: dict[str, torch.Tensor], directory: Path) -> Path:
+    """Save tensors as a checkpoint."""
+    io.save({"model": state}, directory)
+    return directory
+
+
+def refused(kind: type[Exception], text: str, directory: Path, assets: Assets, target: Path, **options: Any) -> None:
+    """Assert that a conversion is refused, and that nothing is left, hidden or not."""
+    with pytest.raises(kind, match=text):
+        convert(directory, target, assets=assets, **options)
+    assert not target.exists()
+    assert not target.parent.exists() or [p for p in target.parent.iterdir() if p.name[0] == "."] == []
+
+
+class TestBytes:
+    """What is written."""
+
+    @pytest.mark.parametrize("name", MODELS)
+    def test_they_are_those_of_save_pretrained(self, tmp_path: Path, name: str) -> None:
+        """Weights are equal byte for byte, configs value for value, and from_pretrained misses nothing."""
+        model = model_of(name)
+        directory, assets = checkpoint_of(model, tmp_path / "saved")
+        export = convert(directory, tmp_path / "export", assets=assets)
+        expected = save_pretrained(model, tmp_path / "expected")
+        assert (export.path / WEIGHTS).read_bytes() == (expected / WEIGHTS).read_bytes()
+        for file in expected.glob("*.json"):
+            assert read_json(export.path / file.name) == read_json(file)
+        assert set(contents(export.path)) == {*contents(expected), "export.json"}
+        back, report = type(model).from_pretrained(export.path, output_loading_info=True)
+        assert not any(report.values()), report
+        assert_same(dict(back.state_dict()), dict(model.state_dict()))
+
+    @pytest.mark.parametrize("name", ["llama tied", "t5", "resnet"])
+    def test_a_cast_is_that_of_torch(self, tmp_path: Path, name: str) -> None:
+        """In bfloat16 and float16 floating-point tensors are cast as torch does; integer and boolean ones are not."""
+        model = model_of(name)
+        directory, assets = checkpoint_of(model, tmp_path / "saved")
+        for dtype in (torch.bfloat16, torch.float16):
+            text = str(dtype).removeprefix("torch.")
+            export = convert(directory, tmp_path / text, assets=assets, dtype=text)
+            found = load_file(export.path / WEIGHTS)
+            stored = {n: t for n, t in model.state_dict().items() if n in found}
+            expected = {n: t.to(dtype) if t.is_floating_point() else t for n, t in stored.items()}
+            kept = {n for n in found if name == "t5" and dtype is torch.float16 and ".wo." in n}  # T5 asks for that
+            assert_same({n: found[n] for n in expected}, expected | {n: stored[n] for n in kept})
+            assert read_json(export.path / "config.json")["dtype"] == text
+            assert any(rule == f"cast: float32 to {text}" for rule in export.rules)
+
+    def test_shards_are_named_indexed_and_complete(self, tmp_path: Path, llama: tuple[Path, Assets]) -> None:
+        """Several files with an index hold each tensor once, no file above the limit but of a single tensor."""
+        directory, assets = llama
+        export = convert(directory, tmp_path / "export", assets=assets, max_shard_bytes=4000)
+        expected = save_pretrained(model_of("llama"), tmp_path / "expected", max_shard_size=4000)
+        shards = sorted(export.path.glob("*.safetensors"))
+        assert [p.name for p in shards] == [
+            f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)
+        ]
+        index = read_json(export.path / "model.safetensors.index.json")
+        theirs = read_json(expected / "model.safetensors.index.json")
+        assert index["metadata"] == theirs["metadata"]
+        assert sorted(index["weight_map"]) == sorted(theirs["weight_map"])
+        for shard in shards:
+            tensors = load_file(shard)
+            assert {name for name, file in index["weight_map"].items() if file == shard.name} == set(tensors)
+            assert sum(t.nbytes for t in tensors.values()) <= 4000 or len(tensors) == 1
+        assert len(shards) > 3
+        back = AutoModelForCausalLM.from_pretrained(export.path)
+        assert_same(dict(back.state_dict()), dict(model_of("llama").state_dict()))
+
+    def test_equal_input_gives_equal_bytes(self, tmp_path: Path, llama: tuple[Path, Assets]) -> None:
+        """Two conversions agree in every file, the record too, wherever source and target lie."""
+        directory, assets = llama
+        copy = shutil.copytree(directory, tmp_path / "elsewhere" / "copy")
+        first = convert(directory, tmp_path / "one", assets=assets, max_shard_bytes=9000)
+        second = convert(copy, tmp_path / "deep" / "two", assets=assets, max_shard_bytes=9000)
+        assert contents(first.path) == contents(second.path)
+        assert str(tmp_path) not in (first.path / "export.json").read_text()
+
+    def test_the_record_has_the_digest_of_each_file(self, tmp_path: Path, llama: tuple[Path, Assets]) -> None:
+        """export.json names every other file with its bytes and sha256, the source and the libraries."""
+        directory, assets = llama
+        export = convert(directory, tmp_path / "export", assets=assets)
+        files = {name: data for name, data in contents(export.path).items() if name != "export.json"}
+        assert export.files == {n: {"bytes": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n, d in files.items()}
+        assert export.nbytes == sum(map(len, files.values()))
+        assert export.architecture == "LlamaForCausalLM"
+        record = read_json(export.path / "export.json")
+        assert sorted(record["libraries"]) == ["ckptflow", "safetensors", "torch", "transformers"]
+        assert record["source"]["digest"].startswith("blake3:")
+        assert export == read_export(export.path)
+        (export.path / "config.json").write_text("{}")
+        with pytest.raises(errors.DamagedError, match=r"config\.json"):
+            read_export(export.path)
+
+    def test_progress_adds_up(self, tmp_path: Path, llama: tuple[Path, Assets]) -> None:
+        """The bytes that are told are those of all tensors."""
+        told: list[int] = []
+        convert(llama[0], tmp_path / "export", assets=llama[1], progress=told.append)
+        assert sum(told) == plan_export(*llama).nbytes > 0
+
+
+@pytest.mark.parametrize(("layout", "ranks"), [("rows", 2), ("columns", 2), ("both", 4)])
+def test_whoever_saved_it_the_bytes_are_the_same(
+    tmp_path: Path, llama: tuple[Path, Assets], layout: str, ranks: int
+) -> None:
+    """Rows of two ranks, columns of two, and rectangles of four give the export that one rank's checkpoint gives."""
+    torch.save(model_of("llama").state_dict(), tmp_path / "state.pt")
+    gloo_ranks.values(gloo_ranks.run_ranks(ranks, save_as, str(tmp_path / "state.pt"), str(tmp_path / "dcp"), layout))
+    assert len(list((tmp_path / "dcp").glob("*.distcp"))) == ranks
+    export = convert(tmp_path / "dcp", tmp_path / "export", assets=llama[1])
+    expected = convert(*[llama[0], tmp_path / "expected"], assets=llama[1])
+    assert (export.path / WEIGHTS).read_bytes() == (expected.path / WEIGHTS).read_bytes()
+
+
+class TestRefusals:
+    """What is not converted: each ends in a named error, with nothing written."""
+
+    def test_architectures_that_are_stored_fused_or_split(self, tmp_path: Path) -> None:
+        """A model whose tensors transformers stores in another form is a MismatchError that says what to do."""
+        directory, assets = checkpoint_of(FUSED[0](FUSED[1]), tmp_path / "saved")
+        refused(errors.MismatchError, "fused, which", directory, assets, tmp_path / "out" / "export")
+
+    def test_values_that_are_not_finite(self, tmp_path: Path, llama: tuple[Path, Assets]) -> None:
+        """NaN and Inf are refused by name, unless they are allowed."""
+        for number, value in enumerate((float("nan"), float("inf"), float("-inf"))):
+            state = dict(model_of("llama").state_dict())
+            state["model.norm.weight"][3] = value
+            directory = save_states(state, tmp_path / f"dcp{number}")
+            refused(errors.DamagedError, r"model\.norm\.weight.*NaN", directory, llama[1], tmp_path / "out" / "export")
+        export = convert(directory, tmp_path / "allowed", assets=llama[1], allow_nonfinite=True)
+        assert load_file(export.path / WEIGHTS)["model.norm.weight"][3] == float("-inf")
+
+    @pytest.mark.parametrize(
+        ("change", "text"),
+        [
+            (lambda state: state.update(odd=torch.zeros(1)), r"1 tensors that LlamaForCausalLM does not have.*odd"),
+            (lambda state: state.pop("model.norm.weight"), r"lacks 1 .*model\.norm\.weight"),
+            (lambda state: state.update({"model.norm.weight": torch.ones(17)}), r"norm\.weight has shape \(17,\)"),
+            (lambda state: state.update({"model.norm.weight": torch.ones(16, 1)}), r"norm\.weight has shape"),
+            (lambda state: state.update({"model.norm.weight": torch.ones(16, dtype=torch.complex128)}), "complex128"),
+            (lambda state: state.update({"model.norm.weight": 3}), r"norm\.weight"),
+        ],
+        ids=["leftover", "missing", "longer", "deeper", "complex128", "a number"],
+    )
+    def test_tensors_that_the_architecture_does_not_expect(
+        self, tmp_path: Path, llama: tuple[Path, Assets], change: Callable[[dict[str, Any]], Any], text: str
+    ) -> None:
+        """A tensor left over, missing, or of another shape or kind is a MismatchError that names it."""
+        state: dict[str, Any] = dict(model_of("llama").state_dict())
+        change(state)
+        directory = save_states(state, tmp_path / "dcp")
+        refused(errors.MismatchError, text, directory, llama[1], tmp_path / "out" / "export")
+
+    def test_a_config_of_another_model(self, tmp_path: Path, llama: tuple[Path, Assets]) -> None:
+        """Another architecture, other sizes, an unknown class, and a class of nobody's are MismatchErrors."""
+        out = tmp_path / "out" / "export"
+        _, other = checkpoint_of(model_of("gpt2"), tmp_path / "gpt2")
+        refused(errors.MismatchError, "architecture", llama[0], other, out)
+        config = dict(llama[1].config)
+        for change, text in (
+            ({"hidden_size": 32}, "shape"),
+            ({"num_hidden_layers": 1}, "does not have"),
+            ({"num_hidden_layers": 3}, "lacks"),
+            ({"architectures": ["NoSuchModel"]}, "NoSuchModel"),
+            ({"architectures": ["Tensor"]}, "Tensor"),
+            ({"architectures": None, "model_type": "bert"}, "names no architectures"),
+            ({"model_type": "nothing"}, "nothing"),
+            ({"hidden_size": "many"}, "config"),
+        ):
+            refused(errors.MismatchError, text, llama[0], replace(llama[1], config={**config, **change}), out)
+
+    def test_tied_tensors_that_differ(self, tmp_path: Path) -> None:
+        """Two tensors that the config ties are compared: equal ones are stored once, others refused."""
+        model = model_of("llama tied")
+        _, assets = checkpoint_of(model, tmp_path / "saved")
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        export = convert(save_states(state, tmp_path / "equal"), tmp_path / "export", assets=assets)
+        assert "lm_head.weight" not in load_file(export.path / WEIGHTS)
+        alone = {name: tensor for name, tensor in state.items() if name != "model.embed_tokens.weight"}
+        from_head = convert(save_states(alone, tmp_path / "head"), tmp_path / "from head", assets=assets)
+        assert (from_head.path / WEIGHTS).read_bytes() == (export.path / WEIGHTS).read_bytes()
+        state["lm_head.weight"][0, 0] += 1
+        directory = save_states(state, tmp_path / "differ")
+        refused(errors.MismatchError, "differ, and the config ties", directory, assets, tmp_path / "out" / "export")
+
+    def test_targets_that_are_taken_or_inside(self, tmp_path: Path, llama: tuple[Path, Assets]) -> None:
+        """An existing target is a FileExistsError and stays as it is; one inside or around the source is refused."""
+        directory, assets = llama
+        taken = tmp_path / "taken"
+        taken.mkdir()
+        with pytest.raises(errors.ExportExistsError):
+            convert(directory, taken, assets=assets)
+        (taken / "mine").write_text("a")
+        with pytest.raises(FileExistsError):
+            convert(directory, taken, assets=assets)
+        assert contents(taken) == {"mine": b"a"}
+        for target in (directory, directory / "export", directory.parent, directory / ".." / "dcp" / "x"):
+            with pytest.raises(errors.ArgumentError, match="lies in the other"):
+                convert(directory, target, assets=assets, overwrite=True)
+        for limit in (0, -1):
+            with pytest.raises(errors.ArgumentError, match="max_shard_bytes"):
+                convert(directory, tmp_path / "x", assets=assets, max_shard_bytes=limit)
+
+    def test_assets_that_bring_code(self, tmp_path: Path, llama: tuple[Path, Assets]) -> None:
+        """A Python file, or a config that names one, is refused unless its author is trusted."""
+        assets = tmp_path / "assets"
+        assets.mkdir()
+        with pytest.raises(errors.NotACheckpointError, match=r"config\.json"):
+            read_assets(assets)
+        config = dict(llama[1].config)
+        (assets / "config.json").write_text(json.dumps(config))
+        (assets / "tokenizer.py").write_text("raise SystemExit")
+        with pytest.raises(errors.UntrustedError, match=r"tokenizer\.py"):
+            read_assets(assets)
+        assert "tokenizer.py" in read_assets(assets, trust_remote_code=True).files
+        (assets / "tokenizer.py").unlink()
+        (assets / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "evil.Config"}}))
+        with pytest.raises(errors.UntrustedError, match="auto_map"):
+            read_assets(assets)
+        with pytest.raises(errors.UntrustedError, match="auto_map"):
+            fetch_assets(str(assets))
+        (assets / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": {"AutoConfig": "evil.C"}}))
+        (assets / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+        with pytest.raises(errors.UntrustedError, match="not run"):
+            fetch_assets(str(assets))
+        assert not (tmp_path / "ran").exists()
+
+    @pytest.mark.parametrize(
+        ("text", "kind"),
+        [("{", errors.DamagedError), ("[]", errors.MismatchError), ("{}", errors.MismatchError)],
+    )
+    def test_configs_that_are_none(self, tmp_path: Path, text: str, kind: type[Exception]) -> None:
+        """A config that is not JSON, or names no model type, is a named error."""
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(kind, match=r"config\.json"):
+            read_assets(tmp_path)
+
+    def test_damaged_files(self, tmp_path: Path, llama: tuple[Path, Assets]) -> None:
+        """A checkpoint whose file is cut short or missing is a DamagedError, and nothing is left."""
+        directory = shutil.copytree(llama[0], tmp_path / "dcp")
+        shard = directory / "__0_0.distcp"
+        data = shard.read_bytes()
+        shard.write_bytes(data[:-100])
+        refused(errors.DamagedError, "distcp", directory, llama[1], tmp_path / "out" / "export")
+        shard.unlink()
+        refused(errors.DamagedError, "distcp", directory, llama[1], tmp_path / "out" / "export")
+
+
+class TestSources:
+    """What is converted from."""
+
+    def test_a_committed_step_has_its_own_assets(self, tmp_path: Path) -> None:
+        """A step's assets give config and tokenizer, and the record names the step; an old record is left out."""
+        words = tmp_path / "words"
+        tokenizer().save_pretrained(words)
+        (words / "export.json").write_text("old")
+        (words / "old.safetensors").write_text("old")
+        model = model_of("llama tied")
+        saved = PyTorchCheckpoint(module=model).save(tmp_path / "store", step=4, run="r", assets=words)
+        export = convert_checkpoint(open_checkpoint(str(saved.url)), tmp_path / "export")
+        digest = saved.to_dict()["digest"]
+        assert export.source == {"run": "r", "step": 4, "digest": digest}
+        assert AutoTokenizer.from_pretrained(export.path)("w3 w5")["input_ids"] == [3, 5]
+        assert "old.safetensors" not in contents(export.path)
+        bare = PyTorchCheckpoint(hyperparameters={"a": 1}).save(tmp_path / "store", step=5, run="r")
+        with pytest.raises(errors.NotACheckpointError, match="has no model"):
+            convert_checkpoint(open_checkpoint(str(bare.url)), tmp_path / "bare")
+
+    @pytest.mark.parametrize("prefix", ["", "model.", "state.model."])
+    def test_names_in_front_of_the_models_are_removed(
+        self, tmp_path: Path, llama: tuple[Path, Assets], prefix: str
+    ) -> None:
+        """Whatever the wrapper was called, and whatever optimizer stands beside it, the export is the same."""
+        state = {prefix + name: tensor for name, tensor in model_of("llama").state_dict().items()}
+        state |= {"optimizer.state.lm_head.weight.exp_avg": torch.zeros(40, 16)}
+        io.save({**state, "train_state": {"step": torch.tensor(3)}}, tmp_path / "dcp")
+        export = convert(tmp_path / "dcp", tmp_path / "export", assets=llama[1])
+        expected = convert(llama[0], tmp_path / "expected", assets=llama[1])
+        assert (export.path / WEIGHTS).read_bytes() == (expected.path / WEIGHTS).read_bytes()
+
+    def test_without_architectures_the_class_that_fits_is_taken(self, tmp_path: Path) -> None:
+        """A config without `architectures` gives a causal LM, a sequence-to-sequence model or a base model."""
+        torch.manual_seed(0)
+        base = LlamaModel(MODELS["llama"][1])
+        for model, expected in (
+            (model_of("llama"), "LlamaForCausalLM"),
+            (model_of("t5"), "T5ForConditionalGeneration"),
+            (base, "LlamaModel"),
+        ):
+            directory, assets = checkpoint_of(model, tmp_path / expected)
+            config = {name: value for name, value in assets.config.items() if name != "architectures"}
+            export = convert(directory, tmp_path / f"{expected}-export", assets=replace(assets, config=config))
+            assert export.architecture == expected
+            assert read_json(export.path / "config.json")["architectures"] == [expected]
+
+    def test_the_old_name_of_dtype_is_not_kept(self, tmp_path: Path, llama: tuple[Path, Assets]) -> None:
+        """A config from before transformers 5 does not end with two dtypes."""
+        old = replace(llama[1], config={**llama[1].config, "torch_dtype": "float32"})
+        export = convert(llama[0], tmp_path / "export", assets=old, dtype="bfloat16")
+        assert AutoConfig.from_pretrained(export.path).dtype == torch.bfloat16
+        assert "torch_dtype" not in read_json(export.path / "config.json")
+
+
+class TestConvertDcpToHf:
+    """NeMo-RL's way to convert."""
+
+    def test_its_result_loads_with_transformers(self, tmp_path: Path) -> None:
+        """It returns the path that it was given, from which the saved weights and the tokenizer load."""
+        model = model_of("llama tied", seed=5)
+        save_checkpoint(model, str(tmp_path / "step" / "policy" / "weights"))
+        config = str(config_directory(model, tmp_path / "config"))
+        target = str(tmp_path / "hf")
+        assert convert_dcp_to_hf(str(tmp_path / "step"), target, config, config) is target
+        back = AutoModelForCausalLM.from_pretrained(target)
+        assert_same(dict(back.state_dict()), dict(model.state_dict()))
+        assert AutoTokenizer.from_pretrained(target)("w7")["input_ids"] == [7]
+        assert not list(Path(target).glob("*.bin"))
+
+    def test_an_existing_target_is_replaced_only_if_asked(self, tmp_path: Path) -> None:
+        """Without overwrite it is a FileExistsError, whatever else is wrong; with it the old one is gone."""
+        model = model_of("llama")
+        save_checkpoint(model, str(tmp_path / "dcp"))
+        config = str(config_directory(model, tmp_path / "config"))
+        target = tmp_path / "hf"
+        target.mkdir()
+        (target / "old.bin").write_text("old")
+        with pytest.raises(FileExistsError, match="hf"):
+            convert_dcp_to_hf(str(tmp_path / "missing"), str(target), "no config", "no tokenizer")
+        assert convert_dcp_to_hf(str(tmp_path / "dcp"), str(target), config, config, overwrite=True) == str(target)
+        assert sorted(contents(target)) == [
+            "config.json",
+            "export.json",
+            WEIGHTS,
+            "tokenizer.json",
+            "tokenizer_config.json",
+        ]
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["config", "dcp", "hf"]
+
+    def test_what_is_missing_is_a_file_not_found_error(self, tmp_path: Path) -> None:
+        """No checkpoint, no config and no tokenizer are each named, and nothing is written."""
+        model = model_of("llama")
+        save_checkpoint(model, str(tmp_path / "dcp"))
+        config = str(config_directory(model, tmp_path / "config"))
+        empty = tmp_path / "empty"
+        empty.mkdir()
+        for dcp, model_path, tokenizer_path, text in (
+            (str(empty), config, config, "no DCP checkpoint"),
+            (str(tmp_path / "dcp"), str(empty), config, "config"),
+            (str(tmp_path / "dcp"), config, str(empty), "tokenizer"),
+        ):
+            with pytest.raises(FileNotFoundError, match=text):
+                convert_dcp_to_hf(dcp, str(tmp_path / "hf"), model_path, tokenizer_path)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["config", "dcp", "empty"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwrite"])
+def test_killed_anywhere_there_is_no_half_and_a_rerun_works(
+    tmp_path: Path, llama: tuple[Path, Assets], overwrite: bool
+) -> None:
+    """SIGKILL before each system call of a conversion that changes a file leaves no half; the rerun cleans up."""
+    if not can_trace():
+        pytest.skip("needs strace, and the right to attach it")
+    directory, assets = llama
+    expected = contents(convert(directory, tmp_path / "expected", assets=assets).path)
+
+    def prepare(place: Path) -> tuple[Any, ...]:
+        if overwrite:
+            (place / "export").mkdir()
+            (place / "export" / "old").write_text("old")
+        assets_directory = directory.parent / "assets"
+        return convert_when_continued, str(directory), str(assets_directory), str(place / "export"), overwrite
+
+    def check(place: Path) -> None:
+        target = place / "export"
+        assert not target.exists() or contents(target) in (expected, {"old": b"old"})
+        convert(directory, target, assets=assets, overwrite=True)
+        assert contents(target) == expected
+        assert list(place.iterdir()) == [target]
+
+    (tmp_path / "killed").mkdir()
+    calls = NAMING if overwrite else CHANGING
+    kills = kill_everywhere(calls, tmp_path / "killed", prepare, check, every={"write": 5})
+    assert kills > (5 if overwrite else 12)
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, llama: tuple[Path, Assets]) -> None:
+    """An error of the file system in the middle of a shard ends the conversion, with nothing at the target."""
+    target = tmp_path / "out" / "export"
+    arguments = (str(llama[0]), str(llama[0].parent / "assets"), str(target))
+    process = gloo_ranks.fork(convert_with_little_room, *arguments)
+    process.join(60)
+    assert process.exitcode == errno.EFBIG
+    assert list(target.parent.iterdir()) == []
