@@ -23,7 +23,7 @@ def checkpoint_card(url: str) -> None:
         "Step": manifest.step,
         "Where": f"`{url}`",
         "Size": f"{manifest.nbytes:,} bytes in {len(manifest.files)} files",
-        "Digest": f"`{manifest.digest()}`",
+        "Digest": f"`{manifest.digest()[:23]}…`",
         "Committed": manifest.time,
         "Train loss": _loss(metrics.get("train_loss")),
         "Held-out loss": _loss(metrics.get("heldout_loss")),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,12 +44,21 @@ class Place:
         """Describe what training runs on, in JSON types."""
         cuda = self.device.type == "cuda"
         return {
-            "device": torch.cuda.get_device_name(self.device) if cuda else platform.processor() or platform.machine(),
+            "device": torch.cuda.get_device_name(self.device) if cuda else _cpu_name(),
             "device_type": self.device.type,
             "backend": self.backend,
             "world_size": self.world_size,
             "torch": torch.__version__,
         }
+
+
+def _cpu_name() -> str:
+    """Return the processor's name where Linux tells it, else its architecture."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
 
 
 @contextmanager
