@@ -32,17 +32,23 @@ class Answer:
     good: bool = True
 
 
+Command = Callable[[argparse.Namespace], Answer | None]
+"""One that answers by itself, as it runs on, returns None."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return its exit status."""
     options = _parser().parse_args(arguments)
     try:
-        answer: Answer = options.command(options)
+        answer: Answer | None = options.command(options)
     except ArgumentError as error:
         return _fail(error, options, 2)
     except (CkptError, OSError) as error:
         return _fail(error, options, 1)
     except KeyboardInterrupt:
         return 130
+    if answer is None:
+        return 0
     print(json.dumps(answer.facts) if options.json else "\n".join(answer.lines))  # noqa: T201 - the answer
     return 0 if answer.good else 1
 
@@ -55,9 +61,10 @@ def entry() -> None:
 def parse_size(text: str) -> int:
     """Return the bytes that a size such as `5GB` or `200MB` names (powers of ten)."""
     match = _SIZE.fullmatch(text.strip())
-    if not match:
+    size = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
+    if size <= 0:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a size such as 5GB or 200MB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    return size
 
 
 def _fail(error: Exception, options: argparse.Namespace, status: int) -> int:
@@ -124,7 +131,7 @@ def _prune(options: argparse.Namespace) -> Answer:
 
 
 def _convert(options: argparse.Namespace) -> Answer:
-    from ckpt_core.export import convert, convert_checkpoint, plan_export
+    from ckpt_core.export import check_target, convert, convert_checkpoint, plan_export
     from ckpt_core.export.assets import fetch_assets, read_assets
     from ckpt_core.format.manifest import MANIFEST_NAME
     from ckpt_core.locate import find_dcp
@@ -132,6 +139,8 @@ def _convert(options: argparse.Namespace) -> Answer:
 
     source, target = local_path(options.dcp), Path(options.out)
     directory = find_dcp(source)
+    if not options.plan:
+        check_target(directory, target, overwrite=options.overwrite)
     own = (source / MANIFEST_NAME).is_file() and not options.model
     if not own and not options.model:
         raise ArgumentError(f"{source}: has no config of its own; name one with --model PATH_OR_ID.")
@@ -169,7 +178,8 @@ def _publish(options: argparse.Namespace) -> Answer:
     return Answer(asdict(release), [f"{release.repo_id} {release.tag} {state}: {release.url}"])
 
 
-def _serve_hub(options: argparse.Namespace) -> Answer:
+def _serve_hub(options: argparse.Namespace) -> None:
+    """Serve until a signal comes; the answer is given when the server is ready."""
     from ckpt_core.testing.hub_server import HubServer, serve
 
     def ready(server: HubServer) -> None:
@@ -178,7 +188,6 @@ def _serve_hub(options: argparse.Namespace) -> Answer:
         print(json.dumps(facts) if options.json else text, flush=True)  # noqa: T201 - the answer, before it blocks
 
     serve(options.directory, port=options.port, ready=ready)
-    return Answer({"stopped": True}, ["stopped"])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -187,7 +196,9 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--json", action="store_true", help="print one JSON object")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(under: Any, name: str, run: Callable[[argparse.Namespace], Answer], text: str) -> argparse.ArgumentParser:
+    def add(
+        under: Any, name: str, run: Callable[[argparse.Namespace], Answer | None], text: str
+    ) -> argparse.ArgumentParser:
         command = under.add_parser(name, parents=[common], help=text, description=text)
         command.set_defaults(command=run)
         return command

@@ -117,11 +117,11 @@ def convert_dcp_to_hf(
         FileNotFoundError: there is no checkpoint.
         ValueError: the checkpoint is damaged, or does not fit the config.
     """
-    from ckpt_core.export import check_target, convert
+    from ckpt_core.export import check_free, convert
     from ckpt_core.export.assets import fetch_assets
 
     target = Path(hf_ckpt_path)
-    check_target(Path(dcp_ckpt_path), target, overwrite=overwrite)
+    check_free(target, overwrite=overwrite)
     directory = find_dcp(Path(dcp_ckpt_path))
     assets = fetch_assets(model_name_or_path, tokenizer_name_or_path or model_name_or_path)
     convert(directory, target, assets=assets, overwrite=overwrite)

@@ -107,7 +107,7 @@ class _Save:
         complete = _occupied(self._last)
         for path, identity in _entries(self._handle):
             if identity is None or (not complete and identity == _identity(path)):
-                durable.remove_tree(path)
+                _delete(path)
 
     def stage(self) -> list[Path]:
         """Make a directory beside each root's target; return where to write each part."""
@@ -128,7 +128,7 @@ class _Save:
             if root.shared and root.target.exists():
                 _merge(self._staged[root.target], root.target)
                 continue
-            if overwrite and root.target.exists():
+            if overwrite and os.path.lexists(root.target):
                 self._move_aside(root.target)
             rename_new(self._staged[root.target], root.target)
 
@@ -204,6 +204,13 @@ def _occupied(path: Path) -> bool:
     if path.is_dir() and not path.is_symlink():
         return next(path.iterdir(), None) is not None
     return os.path.lexists(path)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        durable.remove_tree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _merge(source: Path, target: Path) -> None:

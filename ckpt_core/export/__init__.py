@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -20,7 +21,7 @@ from ckpt_core.export.architecture import find_architecture
 from ckpt_core.export.assets import CONFIG_NAME, EXPORT_NAME, Assets, read_assets
 from ckpt_core.export.plan import Plan, make_plan
 from ckpt_core.format.index import METADATA_NAME, read_index
-from ckpt_core.format.manifest import digest_bytes
+from ckpt_core.format.manifest import MANIFEST_NAME, digest_bytes
 from ckpt_core.placement import placed
 from ckpt_core.store import Checkpoint
 
@@ -28,6 +29,7 @@ __all__ = [
     "EXPORT_NAME",
     "Assets",
     "Export",
+    "check_free",
     "check_target",
     "convert",
     "convert_checkpoint",
@@ -180,12 +182,26 @@ def check_target(directory: Path, target: Path, *, overwrite: bool) -> None:
 
     Raises:
         ExportExistsError (a FileExistsError): it exists.
-        ArgumentError: one of the two lies in the other.
+        ArgumentError: it lies in the source, around it, or in a committed step.
     """
-    directory, target = directory.absolute(), target.absolute()
+    directory, target = directory.resolve(), target.parent.resolve() / target.name
+    check_free(target, overwrite=overwrite)
     if target.is_relative_to(directory) or directory.is_relative_to(target):
         raise ArgumentError(f"{target}: one of source and target lies in the other; give a directory apart.")
-    if target.exists() and not overwrite:
+    for parent in target.parents:
+        if (parent / MANIFEST_NAME).is_file():
+            raise ArgumentError(
+                f"{target}: lies in the committed step {parent.name}, which never changes; give a directory apart."
+            )
+
+
+def check_free(target: Path, *, overwrite: bool) -> None:
+    """Check that nothing has the name `target`, or that it may be replaced.
+
+    Raises:
+        ExportExistsError (a FileExistsError): it exists.
+    """
+    if os.path.lexists(target) and not overwrite:
         raise ExportExistsError(f"{target}: exists; give another directory, or pass overwrite to replace it.")
 
 

@@ -385,6 +385,20 @@ class TestConvertDcpToHf:
         ]
         assert sorted(p.name for p in tmp_path.iterdir()) == ["config", "dcp", "hf"]
 
+    def test_a_file_or_a_link_at_the_target_is_replaced_too(self, tmp_path: Path, llama: tuple[Path, Assets]) -> None:
+        """Overwriting takes the name; what a link led to stays."""
+        kept = tmp_path / "kept"
+        kept.mkdir()
+        (tmp_path / "link").symlink_to(kept)
+        (tmp_path / "file").write_text("a")
+        for name in ("link", "file"):
+            with pytest.raises(FileExistsError):
+                convert(llama[0], tmp_path / name, assets=llama[1])
+            convert(llama[0], tmp_path / name, assets=llama[1], overwrite=True)
+            assert (tmp_path / name / WEIGHTS).is_file()
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "kept", "link"]
+        assert list(kept.iterdir()) == []
+
     def test_what_is_missing_is_a_file_not_found_error(self, tmp_path: Path) -> None:
         """No checkpoint, no config and no tokenizer are each named, and nothing is written."""
         model = model_of("llama")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from children import Words, training
+from children import Words, save_when_continued, training
 from small_models import assert_same, layers, snapshot
 from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
