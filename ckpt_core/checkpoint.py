@@ -6,24 +6,34 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from importlib import import_module
 from pathlib import Path
-from types import NoneType
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from dataclasses_json import DataClassJsonMixin
-from dataclasses_json.core import _ExtendedEncoder  # pyright: ignore[reportPrivateUsage] - what its to_json uses
 
 from ckpt_core.errors import ArgumentError, CheckpointError, MismatchError
-from ckpt_core.format.index import Index, read_index
 from ckpt_core.format.manifest import FileRecord, Manifest
+from ckpt_core.hyperparameters import as_dict, plain
+from ckpt_core.reference import Reference, refer
 from ckpt_core.store import Checkpoint, open_checkpoint, open_store
 
 if TYPE_CHECKING:
     import torch
+    from pydantic.json_schema import JsonSchemaValue
+    from pydantic_core import CoreSchema
+else:
+
+    class _Torch:
+        """Stands for torch in annotations, and loads it when one is evaluated, as `typing.get_type_hints` does."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(import_module("torch"), name)
+
+    torch = _Torch()
 
 MODULE_KEY = "module_state_dict"
 OPTIMIZER_KEY = "optimizer_state_dict"
@@ -48,7 +58,7 @@ class PyTorchCheckpoint(DataClassJsonMixin):
     """
 
     module: torch.nn.Module | None = None
-    hyperparameters: dict[str, Any] | NamedTuple | Any | None = None
+    hyperparameters: dict[str, Any] | tuple[Any, ...] | Any | None = None
     optimizer: torch.optim.Optimizer | None = None
     _reference: Reference | None = field(default=None, init=False, repr=False)
 
@@ -57,7 +67,7 @@ class PyTorchCheckpoint(DataClassJsonMixin):
             given = getattr(self, name)
             if isinstance(given, type) or not (given is None or hasattr(given, "state_dict")):
                 raise ArgumentError(f"{name}: expected an instance of {what}, found {given!r:.80}.")
-        values = _as_dict(self.hyperparameters)
+        values = as_dict(self.hyperparameters)
         if self.module is None and self.optimizer is None and not values:
             raise ArgumentError("PyTorchCheckpoint(): empty; give at least one of module, hyperparameters, optimizer.")
         taken = {MODULE_KEY, OPTIMIZER_KEY} & set(values)
@@ -82,7 +92,7 @@ class PyTorchCheckpoint(DataClassJsonMixin):
             FileNotFoundError: there is none.
         """
         checkpoint = open_checkpoint(url)
-        return cls._referring(_refer(checkpoint), dict(checkpoint.manifest.hyperparameters) or None)
+        return cls._referring(refer(checkpoint), dict(checkpoint.manifest.hyperparameters) or None)
 
     def save(
         self,
@@ -130,20 +140,20 @@ class PyTorchCheckpoint(DataClassJsonMixin):
                 world_size=world_size,
                 module=_class_name(self.module),
                 optimizer=_class_name(self.optimizer),
-                hyperparameters=_plain(_as_dict(self.hyperparameters), "hyperparameters"),
-                metrics=_plain(dict(metrics or {}), "metrics"),
-                lineage=_plain(dict(lineage or {}), "lineage"),
+                hyperparameters=plain(as_dict(self.hyperparameters), "hyperparameters"),
+                metrics=plain(dict(metrics or {}), "metrics"),
+                lineage=plain(dict(lineage or {}), "lineage"),
                 files=files,
             )
 
         def collect() -> commit.Parts:
             manifest({}, 1)  # what cannot be JSON is told before anything is written
-            counters = None if trainer is None else _plain(dict(trainer), "trainer")
+            counters = None if trainer is None else plain(dict(trainer), "trainer")
             return commit.Parts(self.module, self.optimizer, scheduler, counters, Path(assets) if assets else None)
 
         parts = ranks.together(collect)
         saved = PyTorchCheckpoint(self.module, self.hyperparameters, self.optimizer)
-        saved._reference = _refer(commit.commit(open_store(url), run, step, parts, manifest))
+        saved._reference = refer(commit.commit(open_store(url), run, step, parts, manifest))
         return saved
 
     def restore(
@@ -169,8 +179,8 @@ class PyTorchCheckpoint(DataClassJsonMixin):
             MismatchError (a ValueError): the state does not fit the objects.
             CheckpointError: there is no such state, or it is damaged or hostile.
         """
-        from ckpt_core import ranks, trainer
-        from ckpt_core.restore import load_model, load_numbered_optimizer, load_optimizer
+        from ckpt_core import ranks, state_dicts, trainer
+        from ckpt_core.restore import load_model, load_optimizer
         from ckpt_core.state import OptimizerState
 
         if scheduler is not None and optimizer is None:
@@ -185,7 +195,7 @@ class PyTorchCheckpoint(DataClassJsonMixin):
             elif optimizer is not None:
                 if checkpoint.component("model") is not None:
                     raise ArgumentError("restore: this optimizer was saved by its module's names; give the module too.")
-                load_numbered_optimizer(optimizer, scheduler, self._component(checkpoint, "optimizer"))
+                state_dicts.load_optimizer(optimizer, scheduler, self._component(checkpoint, "optimizer"))
             directory = checkpoint.component("trainer")
             if directory is None:
                 return {}
@@ -198,7 +208,7 @@ class PyTorchCheckpoint(DataClassJsonMixin):
             return self._state("module", "model")
         if key == OPTIMIZER_KEY:
             return self._state("optimizer", "optimizer")
-        values = _as_dict(self.hyperparameters)
+        values = as_dict(self.hyperparameters)
         if key not in values:
             raise KeyError(f"{key!r} is not in this checkpoint; it has {', '.join(self.keys())}.")
         return values[key]
@@ -214,7 +224,7 @@ class PyTorchCheckpoint(DataClassJsonMixin):
         has_module = self.module is not None or bool(self._reference and self._reference.module)
         has_optimizer = self.optimizer is not None or bool(self._reference and self._reference.optimizer)
         states = [MODULE_KEY] * has_module + [OPTIMIZER_KEY] * has_optimizer
-        return [*states, *_as_dict(self.hyperparameters)]
+        return [*states, *as_dict(self.hyperparameters)]
 
     def to_dict(self, encode_json: bool = False) -> dict[str, Any]:  # noqa: ARG002 - a published signature
         """Return the reference that the JSON holds: JSON types only, whatever `encode_json`.
@@ -321,6 +331,17 @@ class PyTorchCheckpoint(DataClassJsonMixin):
         return schema
 
     @classmethod
+    def __get_pydantic_core_schema__(cls, _source: Any, _handler: Any) -> CoreSchema:
+        """Let pydantic, and so a Prefect flow's parameter, take a checkpoint or its reference, and write the latter."""
+        from ckpt_core.checkpoint_schema import make_core_schema
+
+        return make_core_schema(cls)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, _schema: CoreSchema, _handler: Any) -> JsonSchemaValue:
+        return {"type": "object", "title": cls.__name__, "description": "A checkpoint's reference."}
+
+    @classmethod
     def _referring(cls, reference: Reference, hyperparameters: dict[str, Any] | None) -> PyTorchCheckpoint:
         """Make a checkpoint that has nothing in memory but hyperparameters."""
         checkpoint = object.__new__(cls)
@@ -334,9 +355,9 @@ class PyTorchCheckpoint(DataClassJsonMixin):
                 "PyTorchCheckpoint: its JSON refers to a saved state, and this one was never saved; call "
                 ".save(store_url, step=...) and use the checkpoint that it returns."
             )
-        values = None if self.hyperparameters is None else _as_dict(self.hyperparameters)
+        values = None if self.hyperparameters is None else as_dict(self.hyperparameters)
         reference = asdict(self._reference) if self._reference else Reference.EMPTY
-        return {"hyperparameters": _plain(values, "hyperparameters", default, skipkeys=skipkeys), **reference}
+        return {"hyperparameters": plain(values, "hyperparameters", default, skipkeys=skipkeys), **reference}
 
     def _stored(self) -> Checkpoint:
         if self._reference is None:
@@ -373,102 +394,5 @@ class PyTorchCheckpoint(DataClassJsonMixin):
             return state_dicts.read_optimizer(directory)[0]
 
 
-@dataclass(frozen=True)
-class Reference:
-    """Where a checkpoint's state lies, and what it is, in JSON types."""
-
-    url: str
-    run: str
-    step: int
-    digest: str
-    """The manifest's digest, which covers every file's."""
-
-    module: dict[str, Any] | None
-    """`class`, and of its tensors `count`, `elements`, `bytes` and elements by `dtypes`."""
-
-    optimizer: dict[str, Any] | None
-    """`class`."""
-
-    EMPTY: ClassVar[dict[str, Any]] = dict.fromkeys(("url", "run", "step", "digest", "module", "optimizer"))
-
-    @classmethod
-    def parse(cls, document: Mapping[str, Any]) -> Reference:
-        """Read it from a checkpoint's JSON object.
-
-        Raises:
-            ArgumentError (a ValueError): something is missing or of another type.
-        """
-        expected = {"url": str, "run": str, "step": int, "digest": str}
-        for name, kind in expected.items():
-            if not isinstance(document.get(name), kind):
-                raise ArgumentError(f"{name}: expected {kind.__name__}, found {document.get(name)!r}; not a reference.")
-        for name in ("module", "optimizer"):
-            if not isinstance(document.get(name), (dict, NoneType)):
-                raise ArgumentError(f"{name}: expected an object or null, found {document.get(name)!r}.")
-        fields: dict[str, Any] = {name: document.get(name) for name in cls.EMPTY}
-        return cls(**fields)
-
-
-def _refer(checkpoint: Checkpoint) -> Reference:
-    manifest = checkpoint.manifest
-    model = checkpoint.component("model")
-    return Reference(
-        url=checkpoint.url,
-        run=manifest.run,
-        step=manifest.step,
-        digest=manifest.digest(),
-        module=None if model is None else {"class": manifest.module, "tensors": _summarize(read_index(model))},
-        optimizer=None if checkpoint.component("optimizer") is None else {"class": manifest.optimizer},
-    )
-
-
-def _summarize(index: Index) -> dict[str, Any]:
-    dtypes: dict[str, int] = {}
-    for entry in index.tensors.values():
-        dtypes[entry.dtype] = dtypes.get(entry.dtype, 0) + math.prod(entry.shape)
-    return {
-        "count": len(index.tensors),
-        "elements": sum(dtypes.values()),
-        "bytes": index.nbytes,
-        "dtypes": dict(sorted(dtypes.items())),
-    }
-
-
 def _class_name(instance: object) -> str | None:
     return None if instance is None else f"{type(instance).__module__}.{type(instance).__qualname__}"
-
-
-def _as_dict(hyperparameters: Any) -> dict[str, Any]:
-    """Return hyperparameters as a dict, or raise: they are a dict, a NamedTuple or a dataclass instance."""
-    if hyperparameters is None:
-        return {}
-    if isinstance(hyperparameters, dict):
-        return cast("dict[str, Any]", hyperparameters)
-    if isinstance(hyperparameters, tuple) and hasattr(hyperparameters, "_fields"):
-        return cast("Any", hyperparameters)._asdict()
-    if is_dataclass(hyperparameters) and not isinstance(hyperparameters, type):
-        return asdict(hyperparameters)
-    raise ArgumentError(
-        f"hyperparameters: expected a dict, a NamedTuple or a dataclass instance, found {type(hyperparameters)!r}."
-    )
-
-
-class _Encoder(_ExtendedEncoder):
-    """dataclasses-json's own, and besides it dataclasses in a dict and numpy's numbers."""
-
-    def default(self, o: Any) -> Any:
-        if type(o).__module__ == "numpy" and hasattr(o, "tolist"):
-            return o.tolist()
-        if is_dataclass(o) and not isinstance(o, type):
-            return asdict(o)
-        return super().default(o)
-
-
-def _plain(value: Any, what: str, default: Callable[..., Any] | None = None, *, skipkeys: bool = False) -> Any:
-    """Return `value` in JSON types only."""
-    try:
-        return json.loads(json.dumps(value, cls=_Encoder, default=default, skipkeys=skipkeys))
-    except (TypeError, ValueError) as error:
-        raise ArgumentError(
-            f"{what}: {error}; give numbers, text, lists and dicts, or `default=` to to_json."
-        ) from None

@@ -1,4 +1,4 @@
-"""The marshmallow schema of `PyTorchCheckpoint`; apart, since only those who ask for it pay for marshmallow."""
+"""The schemas of `PyTorchCheckpoint`, marshmallow's and pydantic's; apart, so that only those who ask pay for them."""
 
 # marshmallow's decorators are not annotated.
 # pyright: reportUntypedFunctionDecorator=false
@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from marshmallow import Schema, fields, post_load, pre_dump
+from pydantic_core import CoreSchema, core_schema
 
 if TYPE_CHECKING:
     from ckpt_core.checkpoint import PyTorchCheckpoint
@@ -34,3 +35,15 @@ def make_schema(cls: type[PyTorchCheckpoint], *, infer_missing: bool) -> type[Sc
             return cls.from_dict(document, infer_missing=infer_missing)
 
     return CheckpointSchema
+
+
+def make_core_schema(cls: type[PyTorchCheckpoint]) -> CoreSchema:
+    """Return the pydantic schema that takes a checkpoint or its reference, and writes the reference as JSON."""
+
+    def read(value: Any) -> PyTorchCheckpoint:
+        if isinstance(value, cls):
+            return value
+        return cls.from_json(value) if isinstance(value, (str, bytes)) else cls.from_dict(value)
+
+    written = core_schema.plain_serializer_function_ser_schema(cls.to_dict, when_used="json")
+    return core_schema.no_info_plain_validator_function(read, serialization=written)

@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -19,7 +20,6 @@ from ckpt_core.format.index import METADATA_NAME, Index, Keys, TensorEntry, read
 from ckpt_core.io.nesting import nest
 from ckpt_core.locate import OTHER_COMPONENTS, find_prefix
 from ckpt_core.state import OPTIMIZER_KEY, UNUSED_KEY, ModelState, OptimizerState
-from ckpt_core.state_dicts import like, read_optimizer
 
 _EXTRA = "_extra_state"
 _log = logging.getLogger(__name__)
@@ -68,19 +68,14 @@ def load_optimizer(state: OptimizerState, directory: Path) -> None:
     state.load_state_dict(filled)
 
 
-def load_numbered_optimizer(optimizer: torch.optim.Optimizer, scheduler: Any | None, directory: Path) -> None:
-    """Fill an optimizer, and its scheduler, that was saved without its module: by the numbers of its parameters.
-
-    Raises:
-        MismatchError: it has other groups.
-    """
-    optim, sched = read_optimizer(directory)
-    try:
-        optimizer.load_state_dict(optim)
-    except ValueError as error:
-        raise MismatchError(f"{directory}: {error}; load it into the optimizer that it was saved from.") from None
-    if sched is not None and scheduler is not None:
-        scheduler.load_state_dict(like(scheduler.state_dict(), sched))
+def like(live: Any, stored: Any) -> Any:
+    """Return `stored` with numbers for keys, and counters, where `live` has them: DCP turns every key to text."""
+    if not (isinstance(live, dict) and isinstance(stored, dict)):
+        return stored
+    pattern, content = cast("dict[Any, Any]", live), cast("dict[Any, Any]", stored)
+    numbers = any(isinstance(key, int) for key in pattern)
+    built = {(int(k) if numbers else k): like(pattern.get(k), v) for k, v in content.items()}
+    return Counter(built) if isinstance(live, Counter) else built
 
 
 def _optimizer_targets(state: OptimizerState, index: Index, directory: Path) -> dict[str, Any]:

@@ -5,16 +5,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from ckpt_core import io
+from ckpt_core.errors import MismatchError
 from ckpt_core.format.index import Keys, read_index
 from ckpt_core.io.nesting import nest
+from ckpt_core.restore import like
 from ckpt_core.state import MODEL_KEY, OPTIMIZER_KEY, UNUSED_KEY
 
 
@@ -32,14 +33,19 @@ def read_optimizer(directory: Path) -> tuple[dict[str, Any], dict[str, Any] | No
     return _numbered(optim), saved.get("sched")
 
 
-def like(live: Any, stored: Any) -> Any:
-    """Return `stored` with numbers for keys, and counters, where `live` has them: DCP turns every key to text."""
-    if not (isinstance(live, dict) and isinstance(stored, dict)):
-        return stored
-    pattern, content = cast("dict[Any, Any]", live), cast("dict[Any, Any]", stored)
-    numbers = any(isinstance(key, int) for key in pattern)
-    built = {(int(k) if numbers else k): like(pattern.get(k), v) for k, v in content.items()}
-    return Counter(built) if isinstance(live, Counter) else built
+def load_optimizer(optimizer: torch.optim.Optimizer, scheduler: Any | None, directory: Path) -> None:
+    """Fill an optimizer, and its scheduler, that was saved without its module: by the numbers of its parameters.
+
+    Raises:
+        MismatchError: it has other groups.
+    """
+    optim, sched = read_optimizer(directory)
+    try:
+        optimizer.load_state_dict(optim)
+    except ValueError as error:
+        raise MismatchError(f"{directory}: {error}; load it into the optimizer that it was saved from.") from None
+    if sched is not None and scheduler is not None:
+        scheduler.load_state_dict(like(scheduler.state_dict(), sched))
 
 
 def _read(directory: Path) -> dict[str, Any]:

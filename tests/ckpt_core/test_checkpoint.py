@@ -10,12 +10,14 @@ import math
 import random
 import subprocess
 import sys
+import typing
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import marshmallow
 import numpy as np
+import pydantic
 import pytest
 import torch
 from dataclasses_json import DataClassJsonMixin
@@ -324,6 +326,29 @@ class TestJson:
         document = {**checkpoint.to_dict(), "later": 1}
         assert PyTorchCheckpoint.from_dict(document) == reread(checkpoint)
         assert PyTorchCheckpoint.schema().load(document) == reread(checkpoint)
+
+
+class TestTypes:
+    """The class as an annotation."""
+
+    def test_its_annotations_can_be_evaluated(self) -> None:
+        """Tools that ask for the fields' types get torch's classes."""
+        hints = typing.get_type_hints(PyTorchCheckpoint)
+        assert hints["module"] == nn.Module | None
+        assert hints["optimizer"] == torch.optim.Optimizer | None
+
+    def test_pydantic_takes_a_checkpoint_or_its_reference(self, tmp_path: Path) -> None:
+        """A parameter of this type, as of a Prefect flow, takes both, and is written as the reference."""
+        parameter = pydantic.TypeAdapter(PyTorchCheckpoint)
+        checkpoint = saved(tmp_path)
+        assert parameter.validate_python(checkpoint) is checkpoint
+        assert parameter.validate_python(checkpoint.to_dict()) == reread(checkpoint)
+        assert parameter.validate_python(checkpoint.to_json()) == reread(checkpoint)
+        assert parameter.dump_python(checkpoint, mode="json") == checkpoint.to_dict()
+        assert parameter.json_schema()["type"] == "object"
+        for wrong in (3, "text", {"url": 3}):
+            with pytest.raises(pydantic.ValidationError):
+                parameter.validate_python(wrong)
 
 
 class TestSchema:
