@@ -14,7 +14,7 @@ import os
 import re
 import uuid
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -185,11 +185,14 @@ class LocalStore:
         return Staging(path, target)
 
     def release(self, staging: Staging) -> None:
-        """End what `stage` began; without a commit, nothing of it stays."""
+        """End what `stage` began; without a commit, nothing of it stays. Raises no OSError: the outcome stands."""
+        lock = self._locks.pop(staging.path)
         try:
             durable.remove_tree(staging.path)
-        finally:
-            os.close(self._locks.pop(staging.path))
+        except OSError as error:
+            _log.warning("%s: not removed (%s); the next save to the run removes it", staging.path, error)
+        with suppress(OSError):  # it is closed all the same
+            os.close(lock)
 
     def prune(self, run: str, *, keep_last: int) -> list[int]:
         """Delete all but the newest `keep_last` steps; one that is being read stays until the next time.
