@@ -106,7 +106,7 @@ def _target(entry: TensorEntry, parameter: torch.Tensor, pattern: Any, where: st
                 f"{where} has shape {entry.shape}, the optimizer's has {tuple(pattern.shape)}; load it into the "
                 "optimizer that it was saved from."
             )
-        return torch.empty_like(pattern, dtype=dtype)
+        return pattern if pattern.dtype == dtype else torch.empty_like(pattern, dtype=dtype)
     if isinstance(parameter, DTensor) and tuple(parameter.shape) == entry.shape:
         return torch.empty_like(parameter.detach().to("cpu"), dtype=dtype)
     return torch.empty(entry.shape, dtype=dtype)

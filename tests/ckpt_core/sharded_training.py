@@ -111,7 +111,7 @@ class Restored(NamedTuple):
 
 
 def restore(directory: Path, text: str) -> Restored:
-    """Restore through both interfaces, each into a training that is somewhere else."""
+    """Restore through both interfaces, each into a training that is somewhere else: one has a part of the state."""
     training = Training(seed=1)
     training.train(1)
     seed_generators(7)
@@ -119,6 +119,8 @@ def restore(directory: Path, text: str) -> Restored:
     counters = checkpoint.restore(training.model, training.optimizer, scheduler=training.scheduler, rng=True)
     next_draws = draws()
     other = Training(seed=2)
+    other.model.embed.weight.grad = torch.ones_like(other.model.embed.weight)
+    other.optimizer.step()
     native = directory / "native"
     native_checkpoint.load_checkpoint(
         other.model, str(native / "weights"), other.optimizer, other.scheduler, str(native / "optimizer")

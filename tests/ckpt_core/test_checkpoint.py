@@ -672,6 +672,8 @@ class TestTraining:
         checkpoint = PyTorchCheckpoint(module=module, optimizer=optimizer).save(tmp_path, step=1, scheduler=scheduler)
         reread(checkpoint).restore(other, fresh, scheduler=restored)
         assert_same(snapshot(other, fresh, restored), snapshot(module, optimizer, scheduler))
+        kinds = [{name: type(value) for name, value in s.state_dict().items()} for s in (restored, scheduler)]
+        assert kinds[0] == kinds[1]
         for trio in ((module, optimizer, scheduler), (other, fresh, restored)):
             torch.manual_seed(3)
             train(*trio, steps=3)
@@ -707,6 +709,17 @@ class TestTraining:
         assert again.restore(other) == {"step": 2, "tokens": [1, 2]}
         assert_same(again.restore(other, rng=True), {"step": 2, "tokens": [1, 2]})
         assert_same(draw(), expected)
+
+    @pytest.mark.parametrize(
+        ("name", "content"), [("state.json", "{"), ("state.json", ""), ("rank_00000.safetensors", "x")]
+    )
+    def test_a_damaged_trainer_state_is_named(self, tmp_path: Path, name: str, content: str) -> None:
+        """Counters or generators that cannot be read are a DamagedError that names the file."""
+        checkpoint = PyTorchCheckpoint(layers()).save(tmp_path, step=1, trainer={"step": 1})
+        file = tmp_path / "default" / "step_0000000001" / "trainer" / name
+        file.write_text(content.ljust(file.stat().st_size))
+        with pytest.raises(DamagedError, match=name):
+            checkpoint.restore(layers(), rng=True)
 
     def test_what_is_not_there_is_named(self, tmp_path: Path) -> None:
         """Restoring an optimizer from a checkpoint without one says so; so does one that was never saved."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from children import Words, save_when_continued, training
-from small_models import assert_same, layers, snapshot
+from small_models import assert_same, forward, layers, snapshot
 from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 from tracing import CHANGING, NAMING, can_trace, kill_everywhere
@@ -255,6 +255,19 @@ class TestSaveAndLoad:
             )
         assert list(tmp_path.iterdir()) == []
 
+    def test_an_optimizer_of_other_shapes_is_refused(self, tmp_path: Path) -> None:
+        """State of parameters with the same names and other shapes is a MismatchError, and changes nothing."""
+        for width in (2, 3):
+            model = nn.Linear(4, width)
+            optimizer = torch.optim.Adam(model.parameters())
+            model(torch.ones(1, 4)).sum().backward()
+            optimizer.step()
+            save_checkpoint(model, str(tmp_path / f"w{width}"), optimizer, None, str(tmp_path / f"o{width}"))
+        before = snapshot(optimizer)
+        with pytest.raises(MismatchError, match=r"has shape \(2"):
+            load_checkpoint(model, str(tmp_path / "w3"), optimizer, None, str(tmp_path / "o2"))
+        assert_same(snapshot(optimizer), before)
+
     def test_two_savers_at_one_path_do_not_meet(self, tmp_path: Path) -> None:
         """While another process saves there, a save is refused, and leaves the other's files alone."""
         staged = tmp_path / ".staging-weights-1"
@@ -279,6 +292,7 @@ class TestOtherWriters:
         saved = training(steps=steps)
         save_checkpoint(saved[0], str(tmp_path / "w"), *saved[1:], str(tmp_path / "o"))
         model, optimizer, scheduler = training(steps=0, seed=1)
+        forward(model).backward()  # gradients do not keep the optimizer from having a state to load into
         stock_load({"model": ModelState(model)}, tmp_path / "w")
         stock_load({"optim": OptimizerState(model, optimizer, scheduler)}, tmp_path / "o")
         assert_same(snapshot(model, scheduler), snapshot(saved[0], saved[2]))
