@@ -23,7 +23,7 @@ class Summary:
     checkpoint: str
     step: int
     initial_loss: float | None
-    """Of the weights that training started from."""
+    """Of the weights that training started from; a trainer of the user's own may not have measured it."""
 
     loss: float
     untrained_loss: float
@@ -78,7 +78,7 @@ class Summary:
         return "\n".join([*lines, *self._loading(here)])
 
     def _results(self) -> list[str]:
-        before = "untrained" if self.initial_loss is None else f"{self.initial_loss:.3f}"
+        before = "not measured" if self.initial_loss is None else f"{self.initial_loss:.3f}"
         return [
             f"loss        {before} before, {self.loss:.3f} after (held-out, nats a token)",
             f"            {self.untrained_loss:.3f} untrained, {self.unigram_loss:.3f} unigram baseline",

@@ -139,7 +139,8 @@ class ComputeSettings(Settings):
 
     trainer: str = Field(default="tasks.worker", pattern=r"^[A-Za-z_][\w.]*$")
     """The module that torchrun starts. Yours may replace it: it is given the path of a job file (JSON: store,
-    run, start_step, end_step, settings) and commits a checkpoint to that store."""
+    run, start_step, end_step, lineage, settings) and commits a checkpoint of end_step, with that lineage, to that
+    store."""
 
 
 class ValidationSettings(Settings):

@@ -80,6 +80,7 @@ def test_a_token_never_travels_in_the_clear(tmp_path: Path, text: Path, monkeypa
     message = failure(retrain, **tiny_retrain(tmp_path / "store", text, hub=hub))
     assert "a token is sent over https or to this machine only; use an https address" in message
     assert "hf_secret" not in message
+    assert not (tmp_path / "store").exists()
 
 
 def test_an_empty_data_set_and_then_a_step_that_exists(tmp_path: Path, tokenizer: str):

@@ -252,7 +252,7 @@ def test_a_model_that_is_not_better_is_kept_back(
     assert flows.retrain.main() == 0
     printed = capsys.readouterr().out
     assert re.search(r"^kept v2  its loss is \d\.\d{3}, the new model is not better$", printed, re.MULTILINE)
-    assert "before, " in printed
+    assert "loss        not measured before, " in printed
     assert 'revision="' not in printed
     assert tags(story) == ["v2"]
     assert [checkpoint.step for checkpoint in open_store(story.store).list("tiny")] == [18, 22]
