@@ -91,21 +91,19 @@ def _optimizer_targets(state: OptimizerState, index: Index, directory: Path) -> 
         place, parameter, key = (*index.paths.get(name, ()), *[None] * 5)[2:5]
         if name in index.tensors and place == "state" and parameter in parameters:
             pattern = live.get(parameter, {}).get(key)
-            targets[name] = _target(index.tensors[name], parameters[parameter], pattern, f"{directory}: {name}")
+            targets[name] = _target(index.tensors[name], parameters[parameter], pattern)
         else:
             targets[name] = _blank(index, name)
     return targets
 
 
-def _target(entry: TensorEntry, parameter: torch.Tensor, pattern: Any, where: str) -> torch.Tensor:
-    """Return a tensor to read a parameter's state into: like the live state, or the parameter, or what is stored."""
+def _target(entry: TensorEntry, parameter: torch.Tensor, pattern: Any) -> torch.Tensor:
+    """Return a tensor to read a parameter's state into: the live state's, or one like the parameter or what is stored.
+
+    With the live state's shape and sharding, one of another shape is found when it is read.
+    """
     dtype = getattr(torch, entry.dtype)
     if isinstance(pattern, torch.Tensor):
-        if tuple(pattern.shape) != entry.shape:
-            raise MismatchError(
-                f"{where} has shape {entry.shape}, the optimizer's has {tuple(pattern.shape)}; load it into the "
-                "optimizer that it was saved from."
-            )
         return pattern if pattern.dtype == dtype else torch.empty_like(pattern, dtype=dtype)
     if isinstance(parameter, DTensor) and tuple(parameter.shape) == entry.shape:
         return torch.empty_like(parameter.detach().to("cpu"), dtype=dtype)

@@ -13,6 +13,7 @@ from gloo_ranks import Outcome, attempt
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from ckpt_core import PyTorchCheckpoint, native_checkpoint
 
@@ -125,6 +126,9 @@ def restore(directory: Path, text: str) -> Restored:
     native_checkpoint.load_checkpoint(
         other.model, str(native / "weights"), other.optimizer, other.scheduler, str(native / "optimizer")
     )
+    for optimizer in (training.optimizer, other.optimizer):
+        for parameter, state in optimizer.state.items():
+            assert isinstance(state["exp_avg"], DTensor) == isinstance(parameter.data, DTensor), "no longer sharded"
     return Restored(training.whole(), counters, next_draws, other.whole())
 
 
