@@ -392,7 +392,7 @@ class TestDebris:
 def test_readers_writers_and_a_pruner_race(store, capsys):
     """Readers see whole steps of one number each and never an older one again, whatever writers and pruners do."""
     commit(store, 1)
-    seconds = "4"
+    seconds = "3"
     roles = [
         ("write", 2, 2),
         ("write", 3, 2),
