@@ -206,9 +206,9 @@ class TestJson:
 
     def test_it_stays_a_few_kilobytes_for_thousands_of_tensors(self, tmp_path: Path) -> None:
         """The JSON does not grow with the number of tensors."""
-        module = nn.ParameterDict({f"p{n}": nn.Parameter(torch.zeros(1)) for n in range(3000)})
+        module = nn.ParameterDict({f"p{n}": nn.Parameter(torch.zeros(1)) for n in range(2000)})
         checkpoint = PyTorchCheckpoint(module=module).save(tmp_path, step=1)
-        assert checkpoint.to_dict()["module"]["tensors"]["count"] == 3000
+        assert checkpoint.to_dict()["module"]["tensors"]["count"] == 2000
         assert len(checkpoint.to_json()) < 2000
 
     def test_what_was_never_saved_has_nothing_to_refer_to(self) -> None:

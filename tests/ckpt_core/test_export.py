@@ -442,8 +442,8 @@ def test_killed_anywhere_there_is_no_half_and_a_rerun_works(
 
     (tmp_path / "killed").mkdir()
     calls = NAMING if overwrite else CHANGING
-    kills = kill_everywhere(calls, tmp_path / "killed", prepare, check, every={"write": 5})
-    assert kills > (5 if overwrite else 12)
+    kills = kill_everywhere(calls, tmp_path / "killed", prepare, check, every={"write": 9, "fsync": 2})
+    assert kills > (5 if overwrite else 10)
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path, llama: tuple[Path, Assets]) -> None:
