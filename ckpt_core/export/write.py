@@ -104,7 +104,8 @@ def _write_shard(
 
 
 def _check_finite(block: torch.Tensor, output: Output) -> None:
-    if (block.is_floating_point() or block.is_complex()) and not bool(torch.isfinite(block).all()):
+    wide = block.float() if block.is_floating_point() and block.itemsize == 1 else block  # no isfinite for 8 bits
+    if (wide.is_floating_point() or wide.is_complex()) and not bool(torch.isfinite(wide).all()):
         raise DamagedError(
             f"{output.source}: holds NaN or Inf; the training diverged. Convert an earlier step, or pass "
             "allow_nonfinite to have it as it is."
