@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -54,6 +55,15 @@ class Server:
         return found
 
 
+def readme_commands() -> list[list[str]]:
+    """Return the arguments of the README's prefect commands, but for the one that starts a server on a fixed port."""
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    block = readme.partition("```sh\nprefect server start --background\n")[2].partition("```")[0]
+    commands = [shlex.split(line)[1:] for line in block.splitlines()]
+    assert len(commands) == 4
+    return commands
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server on a free port with a home of its own, both work pools, and the project's deployments."""
@@ -72,9 +82,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with running([*PREFECT, "server", "start", "--host", "127.0.0.1", "--port", str(port)], env, root):
         made = Server(f"http://127.0.0.1:{port}/api", env)
         wait_until(lambda: healthy(made.url), seconds=240)
-        for pool in ("gpu", "cpu"):
-            made.prefect("work-pool", "create", pool, "--type", "process")
-        made.prefect("--no-prompt", "deploy", "--all", "--prefect-file", "deployments/prefect.yaml")
+        for arguments in readme_commands():
+            made.prefect(*arguments)
         yield made
     assert marked(str(root)) == []
 
