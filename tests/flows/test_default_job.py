@@ -17,7 +17,7 @@ from urllib.request import urlopen
 
 import pytest
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(900)
 LOSSES = re.compile(
     r"loss +(?P<before>[\d.]+) before, (?P<after>[\d.]+) after \(held-out, nats a token\)\n"
     r" +(?P<untrained>[\d.]+) untrained, (?P<unigram>[\d.]+) unigram baseline\n"
@@ -59,7 +59,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     command = [sys.executable, "-m", "flows.retrain"]
     environment = Finished(directory, "").shell("first home")
     done = subprocess.run(
-        command, cwd=directory, env=environment, capture_output=True, text=True, timeout=580, check=False
+        command, cwd=directory, env=environment, capture_output=True, text=True, timeout=840, check=False
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return Finished(directory, done.stdout)
