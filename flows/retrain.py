@@ -166,6 +166,9 @@ def main() -> int:
     """Run the default retrain; print what came of it, or the error."""
     try:
         result = retrain()
+    except KeyboardInterrupt:
+        print("\nretrain stopped; run it again to continue", file=sys.stderr)  # noqa: T201
+        return 130
     except Exception as error:  # noqa: BLE001 - the flow has logged it; a person needs its text alone
         print(f"\nretrain failed: {error}", file=sys.stderr)  # noqa: T201
         return 1

@@ -272,6 +272,17 @@ def test_a_trainer_that_commits_nothing_is_named(
     assert "idle_trainer ended well; expected a checkpoint at step 4" in printed
 
 
+def test_an_interrupted_retrain_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Ctrl-C ends the program with 130 and a line instead of a traceback."""
+
+    def interrupted() -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(flows.retrain, "retrain", interrupted)
+    assert flows.retrain.main() == 130
+    assert capsys.readouterr().err == "\nretrain stopped; run it again to continue\n"
+
+
 def test_two_retrains_of_one_run_exclude_each_other(story: Story, tmp_path: Path):
     """While one retrain works on a run, another one fails at once and says why."""
     parameters = tiny_retrain(tmp_path / "store", story.root / "text")
