@@ -17,6 +17,7 @@ from small_models import layers
 from small_transformers import config_directory, model_of, tokenizer
 
 from ckpt_core import PyTorchCheckpoint, cli, open_store
+from ckpt_core.cli.exports import parse_size
 from ckpt_core.native_checkpoint import save_checkpoint
 
 Run = Callable[..., tuple[int, str, str]]
@@ -210,10 +211,10 @@ def test_errors_go_to_standard_error(ckpt: Run, tmp_path: Path, arguments: list[
 def test_sizes_are_read_as_people_write_them() -> None:
     """Units are powers of ten, in either case, with or without B."""
     sizes = {"5GB": 5 * 10**9, "200mb": 2 * 10**8, "1.5K": 1500, "7": 7, "2 TB": 2 * 10**12}
-    assert {text: cli.parse_size(text) for text in sizes} == sizes
+    assert {text: parse_size(text) for text in sizes} == sizes
     for text in ("", "GB", "-1", "5XB", "0B", "5 5", "1e3"):
         with pytest.raises(argparse.ArgumentTypeError, match="size such as"):
-            cli.parse_size(text)
+            parse_size(text)
 
 
 def test_help_names_every_command(ckpt: Run) -> None:

@@ -1,0 +1,115 @@
+"""`ckpt convert`, `ckpt publish` and `ckpt hub`: from a checkpoint to a Hugging Face directory, and to a Hub."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ckpt_core.cli.command import Answer, Commands
+from ckpt_core.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from ckpt_core.export.plan import Plan
+
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)B?", re.IGNORECASE)
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def add_commands(commands: Commands) -> None:
+    """Add the commands that make and publish exports."""
+    _add_convert(commands.add("convert", _convert, "make a Hugging Face directory of a DCP checkpoint"))
+    publish = commands.add("publish", _publish, "publish an export: one commit, read back, tagged")
+    publish.add_argument("export")
+    publish.add_argument("repo_id", metavar="REPO_ID")
+    publish.add_argument("--tag", help="default: the next of v1, v2, ...")
+    publish.add_argument("--private", action="store_true", help="create the repository as private")
+    publish.add_argument("--endpoint", metavar="URL", help="default: HF_ENDPOINT, or huggingface.co")
+    hub = commands.add_group("hub", "the local Hub server")
+    serve = hub.add("serve", _serve_hub, "serve the repositories in a directory, as the Hub does")
+    serve.add_argument("directory", nargs="?", default="runs/hub", metavar="DIR")
+    serve.add_argument("--port", type=int, default=0, metavar="N", help="default: a free one")
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes that a size such as `5GB` or `200MB` names (powers of ten)."""
+    match = _SIZE.fullmatch(text.strip())
+    size = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
+    if size <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a size such as 5GB or 200MB")
+    return size
+
+
+def _add_convert(convert: argparse.ArgumentParser) -> None:
+    convert.add_argument("dcp", metavar="DCP", help="a committed step, or any DCP directory")
+    convert.add_argument("out", metavar="OUT")
+    convert.add_argument("--model", metavar="CONFIG", help="path or Hub id of the config; a step has its own")
+    convert.add_argument("--tokenizer", metavar="T", help="path or Hub id; default: where the config is")
+    convert.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="cast floating-point tensors")
+    convert.add_argument("--max-shard-size", type=parse_size, default="5GB", metavar="5GB")
+    convert.add_argument("--plan", action="store_true", help="print what would be written, and write nothing")
+    convert.add_argument("--allow-nonfinite", action="store_true", help="accept NaN and Inf")
+    convert.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+
+
+def _convert(options: argparse.Namespace) -> Answer:
+    from ckpt_core.export import check_target, convert, convert_checkpoint, plan_export
+    from ckpt_core.export.assets import fetch_assets, read_assets
+    from ckpt_core.format.manifest import MANIFEST_NAME
+    from ckpt_core.locate import find_dcp
+    from ckpt_core.store import local_path, open_checkpoint
+
+    source, target = local_path(options.dcp), Path(options.out)
+    directory = find_dcp(source)
+    if not options.plan:
+        check_target(directory, target, overwrite=options.overwrite)
+    own = (source / MANIFEST_NAME).is_file() and not options.model
+    if not own and not options.model:
+        raise ArgumentError(f"{source}: has no config of its own; name one with --model PATH_OR_ID.")
+    settings: dict[str, Any] = {"dtype": options.dtype, "max_shard_bytes": options.max_shard_size}
+    assets = read_assets(source / "assets") if own else fetch_assets(options.model, options.tokenizer)
+    if options.plan:
+        return _show(plan_export(directory, assets, **settings))
+    settings |= {"overwrite": options.overwrite, "allow_nonfinite": options.allow_nonfinite}
+    if own:
+        export = convert_checkpoint(open_checkpoint(source), target, **settings)
+    else:
+        export = convert(directory, target, assets=assets, **settings)
+    facts: dict[str, Any] = {"path": str(export.path), "architecture": export.architecture, "files": export.files}
+    facts["rules"] = export.rules
+    return Answer(facts, [f"{export.path}: {export.architecture}, {export.nbytes:,} bytes, from {directory}"])
+
+
+def _show(plan: Plan) -> Answer:
+    outputs = {o.name: {"dtype": o.dtype, "shape": o.shape, "source": o.source} for o in plan.outputs}
+    facts: dict[str, Any] = {"architecture": plan.architecture, "bytes": plan.nbytes, "rules": plan.rules}
+    facts["tensors"] = outputs
+    facts["shards"] = {name: [o.name for o in shard] for name, shard in plan.shards.items()}
+    head = f"{plan.architecture}: {len(outputs)} tensors, {plan.nbytes:,} bytes, {len(plan.shards)} files"
+    names = [f"  {o['dtype']:10} {o['shape']!s:20} {name} from {o['source']}" for name, o in outputs.items()]
+    return Answer(facts, [head, *(f"  rule: {rule}" for rule in plan.rules), *names])
+
+
+def _publish(options: argparse.Namespace) -> Answer:
+    from ckpt_core.hub import publish
+
+    release = publish(
+        options.export, options.repo_id, tag=options.tag, private=options.private, endpoint=options.endpoint
+    )
+    state = "published" if release.created else "was published already, unchanged"
+    return Answer(asdict(release), [f"{release.repo_id} {release.tag} {state}: {release.url}"])
+
+
+def _serve_hub(options: argparse.Namespace) -> None:
+    """Serve until a signal comes; the answer is given when the server is ready."""
+    from ckpt_core.testing.hub_server import HubServer, serve
+
+    def ready(server: HubServer) -> None:
+        facts = {"endpoint": server.endpoint, "directory": str(server.directory)}
+        text = f"serving {server.directory} at {server.endpoint}; use it with HF_ENDPOINT={server.endpoint}"
+        print(json.dumps(facts) if options.json else text, flush=True)  # noqa: T201 - the answer, before it blocks
+
+    serve(options.directory, port=options.port, ready=ready)
