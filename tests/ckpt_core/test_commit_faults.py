@@ -1,6 +1,6 @@
 """Whatever a save's system calls do, the newest committed step loads bit for bit, and success is told only when true.
 
-`strace` stops the saving process before each of its calls on the store, or gives the call an error of the kernel's.
+`strace` kills the saving process before each of its calls on the store, or gives the call an error of the kernel's.
 """
 
 import json
@@ -11,9 +11,11 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 from programs import fault_state
@@ -23,7 +25,12 @@ CALLS = [
     "openat", "write", "pwrite64", "writev", "fsync", "fdatasync", "rename", "renameat", "renameat2", "unlink",
     "unlinkat", "mkdir", "mkdirat", "rmdir", "ftruncate", "close",
 ]  # fmt: skip
+FAULTS = ["signal=KILL", "error=ENOSPC", "error=EIO"]
 COMMITTED = "step_0000000002"
+SERVERS = 2
+SHORT = 300
+"""Faults that the short form injects at least, all tests together."""
+
 LINE = re.compile(r"(\d+) +(\w+)\((.*)")
 
 
@@ -46,15 +53,16 @@ class Point:
     arguments: str
 
     @property
-    def changes(self):
-        """Whether what lies in the store is another after it."""
-        return self.call != "close" and ("O_CREAT" in self.arguments or self.call != "openat")
+    def writes(self):
+        """Whether it is of the calls that write: of those that open a file, the ones that make it."""
+        return self.call != "openat" or "O_CREAT" in self.arguments
 
 
 class Server:
-    """`programs/fault_server.py`, which has torch loaded already."""
+    """`programs/fault_server.py`, which has torch loaded already, and a store for it, made anew for each save."""
 
-    def __init__(self):
+    def __init__(self, place, template):
+        self.store, self._template = place / "place" / "store", template
         self.process = subprocess.Popen(
             [sys.executable, "-m", "programs.fault_server"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=PROGRAMS.parent,
@@ -62,18 +70,26 @@ class Server:
         )  # fmt: skip
         assert self.process.stdout.readline() == "ready\n"
 
-    def save(self, store, *, ranks=1, rank=0, strace=()):
-        """Save step 2, with `strace` and these arguments attached to one rank; return what the ranks say."""
-        self._tell(json.dumps([ranks, str(store), 2]))
-        processes = json.loads(self.process.stdout.readline())
+    def refresh(self):
+        """Make a store with one committed step, in place of what is there."""
+        shutil.rmtree(self.store.parent, ignore_errors=True)
+        shutil.copytree(self._template, self.store.parent)
+
+    def save(self, *, step=2, ranks=1, rank=0, strace=()):
+        """Save a step, with `strace` and these arguments attached to one rank; return what the ranks say."""
+        processes = self._ask("save", ranks, str(self.store), step)
         self.traced = processes[rank]
         with attached(self.traced, strace):
-            self._tell("go")
-            return json.loads(self.process.stdout.readline())
+            return self._ask("go")
 
-    def _tell(self, line):
-        self.process.stdin.write(line + "\n")
+    def newest(self):
+        """Return the newest committed step, bit for bit what was saved, or what is wrong with it."""
+        return self._ask("newest", str(self.store))
+
+    def _ask(self, *request):
+        self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
 
     def close(self):
         """End it."""
@@ -100,82 +116,91 @@ def attached(process, arguments):
 
 
 @pytest.fixture(scope="module")
-def server():
-    """The server; it ends with the module."""
-    server = Server()
-    yield server
-    server.close()
+def servers(tmp_path_factory):
+    """Two servers, so that both processors have work; their stores lie in memory, where a flush takes no time."""
+    template = tmp_path_factory.mktemp("template") / "place"
+    (template / "assets" / "deeper").mkdir(parents=True)
+    (template / "assets" / "vocabulary.txt").write_text("a b c")
+    (template / "assets" / "deeper" / "notes.txt").write_text("d")
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as directory:
+        started = [Server(Path(directory) / str(number), template) for number in range(SERVERS)]
+        started[0].refresh()
+        assert started[0].save(step=1) == ["committed"]
+        shutil.copytree(started[0].store, template / "store")
+        yield started
+        for server in started:
+            server.close()
 
 
 @pytest.fixture(scope="module")
-def template(tmp_path_factory):
-    """A place with assets and a store with one committed step."""
-    place = tmp_path_factory.mktemp("template") / "place"
-    (place / "assets" / "deeper").mkdir(parents=True)
-    (place / "assets" / "vocabulary.txt").write_text("a b c")
-    (place / "assets" / "deeper" / "notes.txt").write_text("d")
-    fault_state.save(place / "store", 1)
-    return place
+def points(servers, tmp_path_factory):
+    """The calls on the store of a save without a fault, by number of ranks and rank."""
+    logs = tmp_path_factory.mktemp("traces")
+    return {(ranks, rank): _points(servers[0], logs, ranks, rank) for ranks, rank in [(1, 0), (2, 0), (2, 1)]}
 
 
-@pytest.fixture
-def fresh(template):
-    """Make a store with one committed step, as often as is asked: in memory, where a flush takes no time."""
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as directory:
-
-        def make():
-            shutil.rmtree(f"{directory}/place", ignore_errors=True)
-            return Path(shutil.copytree(template, f"{directory}/place")) / "store"
-
-        yield make
-
-
-def points(server, store, tmp_path, *, ranks=1, rank=0):
-    """Run once without a fault; return the calls of a rank's main thread that touch the store."""
-    log = tmp_path / f"trace-{rank}"
-    said = server.save(store, ranks=ranks, rank=rank, strace=["-y", "-s", "4096", "-o", str(log)])
+def _points(server, logs, ranks, rank):
+    server.refresh()
+    log = logs / f"{ranks}-{rank}"
+    said = server.save(ranks=ranks, rank=rank, strace=["-y", "-s", "4096", "-o", str(log)])
     assert said == ["committed"] * ranks
-    counts, found = Counter(), []
-    for process, call, arguments in LINE.findall(log.read_text()):
-        if int(process) == server.traced:
-            counts[call] += 1
-            if f"{store}/" in arguments and f"{COMMITTED}/" not in arguments:  # what follows only reads the new step
-                found.append(Point(rank, call, counts[call], arguments.replace(str(store), "")))
-    return found
+    counts, found = Counter(), {}
+    for thread, call, arguments in LINE.findall(log.read_text()):
+        counts[thread, call] += 1  # as strace counts
+        if f"{server.store}/" in arguments and f"{COMMITTED}/" not in arguments:  # what follows only reads the new step
+            number = counts[thread, call]
+            found[call, number] = Point(rank, call, number, arguments.replace(str(server.store), ""))
+    return list(found.values())
 
 
-def inject(server, fresh, point, fault, *, ranks=1):
+@pytest.fixture(scope="module")
+def tally():
+    """How many faults each campaign injected, by ranks, rank and fault."""
+    return Counter()
+
+
+def inject(server, point, fault, *, ranks=1):
     """Save with one fault; return what is wrong afterwards, and how the save ended."""
-    store = fresh()
+    server.refresh()
     said = server.save(
-        store,
         ranks=ranks,
         rank=point.rank,
         strace=["-o", "/dev/null", "-e", f"inject={point.call}:{fault}:when={point.number}"],
     )
     try:
-        step = fault_state.newest(store)
+        step = server.newest()
+        assert step in {1, 2}, f"the newest step: {step}"
         assert step == 2 or "committed" not in said, "success was reported, and is not true"
         uncertain = all(outcome.startswith(("CommitError", "died", "committed", "RuntimeError")) for outcome in said)
         assert step == 1 or uncertain, "an error was reported, and the step was committed"
-        again = server.save(store, ranks=ranks)
+        again = server.save(ranks=ranks)
         expected = "committed" if step == 1 else "StepExistsError"
         assert all(outcome.startswith(expected) for outcome in again), f"a retry gave {again}"
-        assert fault_state.newest_digested(store) == 2
-        assert fault_state.debris(store) == []
+        assert fault_state.newest_digested(server.store) == 2
+        assert fault_state.debris(server.store) == []
     except Exception as error:  # noqa: BLE001 - collected
         return f"{point} {fault}: {said}: {type(error).__name__}: {error}", said
     return None, said
 
 
-def campaign(server, fresh, chosen, fault, capsys, *, ranks=1):
-    """Inject a fault at each point; fail with all that went wrong."""
-    outcomes, wrong = Counter(), []
-    for point in chosen:
-        error, said = inject(server, fresh, point, fault, ranks=ranks)
-        wrong += [error] if error else []
-        outcomes[said[point.rank].partition(":")[0]] += 1
+def campaign(servers, chosen, fault, capsys, *, ranks=1):
+    """Inject a fault at each point, a server at a time each; fail with all that went wrong."""
+    free = SimpleQueue()
+    for server in servers:
+        free.put(server)
+
+    def one(point):
+        server = free.get()
+        try:
+            return point, *inject(server, point, fault, ranks=ranks)
+        finally:
+            free.put(server)
+
+    with ThreadPoolExecutor(len(servers)) as pool:
+        results = list(pool.map(one, chosen))
+    wrong = [error for _, error, _ in results if error]
+    outcomes = Counter(said[point.rank].partition(":")[0] for point, _, said in results)
     with capsys.disabled():
         print(f"\n{len(chosen)} x {fault}, {ranks} ranks: {dict(outcomes)}, {len(wrong)} wrong")
     assert not wrong, "\n".join(wrong)
@@ -188,30 +213,39 @@ def spread(found, count):
     return sorted({*found[::stride], *found[-3:]}, key=found.index)
 
 
-FORMS = [17, pytest.param(10**9, marks=pytest.mark.long)]
+FORMS = pytest.mark.parametrize("long", [False, pytest.param(True, marks=pytest.mark.long)], ids=["short", "long"])
 
 
-@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.long)], ids=["short", "long"])
-def test_killed(server, fresh, tmp_path, capsys, every):
-    """Killed before any call, a save leaves the old step or the new one, and the next save commits."""
-    chosen = [point for point in points(server, fresh(), tmp_path) if every or point.changes]
-    outcomes = campaign(server, fresh, chosen, "signal=KILL", capsys)
-    assert outcomes == {"died 9": len(chosen)}
+@FORMS
+@pytest.mark.parametrize("fault", FAULTS)
+def test_one_rank(servers, points, tally, capsys, fault, long):
+    """Killed before a call, or when a call fails, a save leaves the old step or the new one, and the next commits."""
+    chosen = [point for point in points[1, 0] if long or point.writes]
+    outcomes = campaign(servers, chosen, fault, capsys)
+    tally[1, 0, fault, long] = len(chosen)
+    if fault == "signal=KILL":
+        assert outcomes == {"died 9": len(chosen)}
+    else:
+        assert outcomes["OSError"] > len(chosen) / 3
 
 
-@pytest.mark.parametrize("error", ["ENOSPC", "EIO"])
-@pytest.mark.parametrize("count", FORMS, ids=["short", "long"])
-def test_refused(server, fresh, tmp_path, capsys, error, count):
-    """A call that fails, of a full or a broken disk, is an error of the save, and the next save commits."""
-    chosen = spread(points(server, fresh(), tmp_path), count)
-    outcomes = campaign(server, fresh, chosen, f"error={error}", capsys)
-    assert outcomes["OSError"] > len(chosen) / 3
-
-
-@pytest.mark.parametrize("count", [4, pytest.param(10**9, marks=pytest.mark.long)], ids=["short", "long"])
+@FORMS
+@pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("rank", [0, 1])
-def test_two_ranks(server, fresh, tmp_path, capsys, rank, count):
-    """With two ranks, the death of either, at any point, leaves the old step or the new one."""
-    found = points(server, fresh(), tmp_path, ranks=2, rank=rank)
-    chosen = spread([point for point in found if point.changes], count)
-    campaign(server, fresh, chosen, "signal=KILL", capsys, ranks=2)
+def test_two_ranks(servers, points, tally, capsys, rank, fault, long):
+    """With two ranks, a fault of either leaves both with the old step or with the new one."""
+    writes = [point for point in points[2, rank] if point.writes]
+    missing = SHORT - 3 * len([point for point in points[1, 0] if point.writes])
+    chosen = points[2, rank] if long else spread(writes, max(6, missing // 5))
+    campaign(servers, chosen, fault, capsys, ranks=2)
+    tally[2, rank, fault, long] = len(chosen)
+
+
+def test_the_short_form_has_its_number(tally, capsys):
+    """The short form injects at least 300 faults."""
+    counts = [count for (*_, long), count in tally.items() if not long]
+    if len(counts) < 9:
+        pytest.skip("counts the faults of the whole file, and only a part of it was run")
+    with capsys.disabled():
+        print(f"\n{sum(counts)} faults")
+    assert sum(counts) >= SHORT

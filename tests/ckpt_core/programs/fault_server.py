@@ -1,7 +1,11 @@
 """Forks processes that save a step, each stopped until it is told to go, so that a tracer can be attached.
 
-One line of standard input asks for `RANKS STORE STEP`; the answer is the process ids. The next line lets them go; the
-answer is how each ended: `committed`, the class and text of its error, or `died N`.
+Each line of standard input is a request in JSON, and each answer one line of JSON:
+
+- `["save", RANKS, STORE, STEP]`: the process ids. The next line lets them go; the second answer is how each ended:
+  `committed`, the class and text of its error, or `died N`.
+- `["newest", STORE]`: the newest committed step, after all of it was restored and found to be what was saved; or the
+  class and text of the error.
 """
 
 import json
@@ -75,6 +79,14 @@ def serve(ranks: int, store: Path, step: int) -> None:
         print(json.dumps([hear(process, outcome) for process, _, outcome in forked]), flush=True)
 
 
+def look(store: Path) -> int | str:
+    """Return the newest committed step, or what is wrong with it."""
+    try:
+        return fault_state.newest(store)
+    except Exception as error:  # noqa: BLE001 - it is told
+        return f"{type(error).__name__}: {error}"
+
+
 def main() -> None:
     """Load everything that a save needs, once; then serve."""
     warnings.simplefilter("ignore")
@@ -86,8 +98,12 @@ def main() -> None:
         fault_state.newest(Path(directory) / "store")
     print("ready", flush=True)
     for line in sys.stdin:
-        ranks, store, step = json.loads(line)
-        serve(ranks, Path(store), step)
+        request, *arguments = json.loads(line)
+        if request == "save":
+            ranks, store, step = arguments
+            serve(ranks, Path(store), step)
+        else:
+            print(json.dumps(look(Path(arguments[0]))), flush=True)
 
 
 main()
