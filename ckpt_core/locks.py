@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 SHARED = fcntl.LOCK_SH
+EXCLUSIVE = fcntl.LOCK_EX
 EXCLUSIVE_NOW = fcntl.LOCK_EX | fcntl.LOCK_NB
 
 
@@ -30,7 +31,7 @@ def make_locked(path: Path) -> int:
 def locked(path: Path, mode: int) -> Generator[bool]:
     """Try to lock `path` and tell whether that worked: False if it is held by others, gone or moved away."""
     try:
-        handle = os.open(path, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO in its place does not block
     except FileNotFoundError:
         yield False
         return

@@ -12,6 +12,7 @@ from prefect.runtime import flow_run
 from pydantic import Field
 
 from ckpt_core import PyTorchCheckpoint, open_checkpoint, open_store
+from ckpt_core.retention import Retention
 from ckpt_core.store import local_path
 from flows.convert import default_target
 from flows.summary import Summary, card
@@ -93,7 +94,7 @@ def retrain(
         checks = [*validated["checks"], *checked]
         summary = Summary.of(checkpoints, checks, exported, compared, release, hub_directory)
         record.conclude(store, run, begun, summary.outcome())
-        open_store(store).prune(run, keep_last=keep_checkpoints)
+        open_store(store).prune(run, Retention(keep_last=keep_checkpoints))
     return summary.to_dict()
 
 

@@ -31,9 +31,11 @@ def _list(options: argparse.Namespace) -> Answer:
 
 
 def _prune(options: argparse.Namespace) -> Answer:
+    from ckpt_core.retention import Retention
     from ckpt_core.store import open_store
 
     store = open_store(options.store)
     runs = [options.run] if options.run else store.runs()
-    deleted = {run: store.prune(run, keep_last=options.keep_last) for run in runs}
+    retention = Retention(keep_last=options.keep_last)
+    deleted = {run: list(store.prune(run, retention).deleted) for run in runs}
     return Answer({"deleted": deleted}, [f"{run}: deleted {steps or 'nothing'}" for run, steps in deleted.items()])

@@ -18,7 +18,8 @@ from programs.store_racer import FILES, RUN, commit, content
 from ckpt_core import durable, locks
 from ckpt_core.errors import ArgumentError, CommitError, DamagedError, NotACheckpointError, StepExistsError
 from ckpt_core.format.manifest import MANIFEST_NAME, Manifest
-from ckpt_core.store import MAX_STEP, LocalStore, local_path, open_checkpoint, open_store, parse_step, step_name
+from ckpt_core.retention import Retention
+from ckpt_core.store import MAX_STEP, LocalStore, Pruned, local_path, open_checkpoint, open_store, parse_step, step_name
 
 PROGRAMS = Path(store_racer.__file__).parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(PROGRAMS.parents[2])}
@@ -149,7 +150,12 @@ class TestCommit:
     @pytest.mark.parametrize("run", ["", ".", "..", "a/b", "../a", ".hidden", "a b", "ü", "a\0", "a\n", "x" * 65, "-a"])
     def test_odd_names_of_runs(self, store, run):
         """A run's name that could lead elsewhere, or hide, is refused by every method."""
-        for method in (store.list, store.latest, lambda r: store.stage(r, 1), lambda r: store.prune(r, keep_last=1)):
+        for method in (
+            store.list,
+            store.latest,
+            lambda r: store.stage(r, 1),
+            lambda r: store.prune(r, Retention(keep_last=1)),
+        ):
             with pytest.raises(ArgumentError, match="run "):
                 method(run)
         assert not store.root.exists()
@@ -168,7 +174,12 @@ class TestListing:
 
     def test_nothing(self, store):
         """A store, or a run, that does not exist is empty, and is not made by asking."""
-        assert (store.runs(), store.list(RUN), store.latest(RUN), store.prune(RUN, keep_last=1)) == ([], [], None, [])
+        assert (store.runs(), store.list(RUN), store.latest(RUN), store.prune(RUN, Retention(keep_last=1))) == (
+            [],
+            [],
+            None,
+            Pruned(),
+        )
         assert not store.root.exists()
 
     def test_what_is_no_step(self, store):
@@ -259,22 +270,16 @@ class TestPrune:
         """The newest steps stay, the deleted ones are returned, oldest first, and nothing is left of them."""
         for step in range(5):
             commit(store, step)
-        assert store.prune(RUN, keep_last=2) == [0, 1, 2]
-        assert store.prune(RUN, keep_last=2) == []
+        assert store.prune(RUN, Retention(keep_last=2)) == Pruned((0, 1, 2))
+        assert store.prune(RUN, Retention(keep_last=2)) == Pruned()
         assert names(store) == ["step_0000000003", "step_0000000004"]
-
-    @pytest.mark.parametrize("keep", [0, -1])
-    def test_the_newest_always_stays(self, store, keep):
-        """Keeping none is refused."""
-        with pytest.raises(ArgumentError):
-            store.prune(RUN, keep_last=keep)
 
     def test_only_whole_steps_count(self, store):
         """A damaged step is neither counted nor deleted: it may be all that is left of something."""
         for step in range(4):
             commit(store, step)
         os.truncate(store.root / RUN / step_name(3) / FILES[0], 1)
-        assert store.prune(RUN, keep_last=1) == [0, 1]
+        assert store.prune(RUN, Retention(keep_last=1)).deleted == (0, 1)
         assert names(store) == ["step_0000000002", "step_0000000003"]
 
     def test_a_leased_step_stays(self, store, caplog):
@@ -283,12 +288,12 @@ class TestPrune:
         with holder("lease", store) as (process, said):
             assert said == "1"
             commit(store, 2)
-            assert store.prune(RUN, keep_last=1) == []
+            assert store.prune(RUN, Retention(keep_last=1)) == Pruned(leased=(1,))
             assert "being read" in caplog.text
             assert steps(store) == [1, 2]
             process.kill()
             process.wait()
-            assert store.prune(RUN, keep_last=1) == [1]
+            assert store.prune(RUN, Retention(keep_last=1)) == Pruned((1,))
 
     def test_a_lease_in_the_same_process(self, store):
         """Several leases of one step can be held; it can be deleted after the last."""
@@ -298,15 +303,15 @@ class TestPrune:
         with checkpoint.lease():
             with checkpoint.lease():
                 pass
-            assert store.prune(RUN, keep_last=1) == []
-        assert store.prune(RUN, keep_last=1) == [1]
+            assert store.prune(RUN, Retention(keep_last=1)) == Pruned(leased=(1,))
+        assert store.prune(RUN, Retention(keep_last=1)) == Pruned((1,))
 
     def test_a_lease_of_what_is_gone(self, store):
         """A step that was deleted between listing and leasing is an error, not a half read."""
         commit(store, 1)
         commit(store, 2)
         checkpoint = store.list(RUN)[0]
-        store.prune(RUN, keep_last=1)
+        store.prune(RUN, Retention(keep_last=1))
         with pytest.raises(NotACheckpointError, match="pruner"), checkpoint.lease():
             pass
 
@@ -333,7 +338,7 @@ class TestDebris:
 
     def test_of_a_dead_writer(self, store):
         """The staging directory of a killed process goes with the next step, or with a prune."""
-        for sweep in (lambda: commit(store, 1), lambda: store.prune(RUN, keep_last=1)):
+        for sweep in (lambda: commit(store, 1), lambda: store.prune(RUN, Retention(keep_last=1))):
             with holder("stage", store) as (process, path):
                 process.kill()
                 process.wait()
@@ -345,7 +350,7 @@ class TestDebris:
         """The staging directory of a live process stays."""
         with holder("stage", store) as (_, path):
             commit(store, 1)
-            store.prune(RUN, keep_last=1)
+            store.prune(RUN, Retention(keep_last=1))
             assert (Path(path) / "half").read_bytes() == b"half"
         assert names(store) == sorted(["step_0000000001", Path(path).name])
 
@@ -353,7 +358,7 @@ class TestDebris:
         """What a killed pruner had renamed is deleted by the next."""
         commit(store, 1)
         shutil.copytree(store.root / RUN / step_name(1), store.root / RUN / ".trash-step_0000000000-x")
-        store.prune(RUN, keep_last=1)
+        store.prune(RUN, Retention(keep_last=1))
         assert names(store) == ["step_0000000001"]
 
     def test_a_directory_that_two_delete(self, tmp_path, monkeypatch):
@@ -415,7 +420,7 @@ def test_readers_writers_and_a_pruner_race(store, capsys):
     assert min(counts) > 3
     with capsys.disabled():
         print(f"\nrace of {seconds} s: {list(zip([role for role, _, _ in roles], counts, strict=True))}")
-    store.prune(RUN, keep_last=2)
+    store.prune(RUN, Retention(keep_last=2))
     left = store.list(RUN)
     assert len(left) == 2
     assert names(store) == [c.path.name for c in left]

@@ -173,7 +173,8 @@ class TestStep:
     def test_a_pruner_waits(self, made, tmp_path, monkeypatch):
         """While a step is verified, it is not pruned."""
         from ckpt_core import verify as module
-        from ckpt_core.store import LocalStore
+        from ckpt_core.retention import Retention
+        from ckpt_core.store import LocalStore, Pruned
 
         store = LocalStore(tmp_path / "store")
         for number in (1, 2):
@@ -181,10 +182,10 @@ class TestStep:
         pruned = []
         real = module._digests
         monkeypatch.setattr(
-            module, "_digests", lambda c: (pruned.append(store.prune("default", keep_last=1)), real(c))[1]
+            module, "_digests", lambda c: (pruned.append(store.prune("default", Retention(keep_last=1))), real(c))[1]
         )
         assert verify(store.list("default")[0].path).passed
-        assert pruned == [[]]
+        assert pruned == [Pruned(leased=(1,))]
 
 
 class TestDcp:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ckpt_core.errors import NotACheckpointError
 from ckpt_core.format.manifest import Manifest, record_file
+from ckpt_core.retention import Retention
 from ckpt_core.store import LocalStore
 
 RUN = "race"
@@ -65,7 +66,7 @@ def main() -> None:
                 steps = [c.step for c in store.list(RUN)]
                 assert steps == sorted(set(steps))
             case "prune":
-                store.prune(RUN, keep_last=2)
+                store.prune(RUN, Retention(keep_last=2))
         count += 1
     print(count)
 

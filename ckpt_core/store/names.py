@@ -1,0 +1,58 @@
+"""Names in a store: of steps, runs and pins, and of what is no checkpoint."""
+
+from __future__ import annotations
+
+import re
+
+from ckpt_core.errors import ArgumentError
+
+MAX_STEP = 10**10 - 1
+STAGING, TRASH, DAMAGED = ".staging-", ".trash-", ".damaged-"
+"""What begins the names of directories that are no checkpoints."""
+
+PINS = "pins"
+"""The directory of a run's pins: a file for each, named by it, with the step's name as its text."""
+
+CHAMPION = "champion"
+"""The pin of the step that is served."""
+
+_STEP_NAME = re.compile(r"step_([0-9]{10})")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def step_name(step: int) -> str:
+    """Return the directory name of a step; `parse_step` is its inverse."""
+    return f"step_{step:010d}"
+
+
+def parse_step(name: str) -> int | None:
+    """Return the step that a directory name stands for, or None if it is not a step's."""
+    match = _STEP_NAME.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def is_name(name: str) -> bool:
+    """Whether a run or a pin may have this name."""
+    return _NAME.fullmatch(name) is not None
+
+
+def check_name(kind: str, name: str) -> str:
+    """Return the name of a run or a pin.
+
+    Raises:
+        ArgumentError: it could lead elsewhere, or hide.
+    """
+    if not is_name(name):
+        raise ArgumentError(f"{kind} {name!r}: expected 1 to 64 letters, digits, '.', '_' or '-', no '.' first.")
+    return name
+
+
+def check_step(step: int) -> int:
+    """Return the number of a step.
+
+    Raises:
+        ArgumentError: its name could not hold it.
+    """
+    if not 0 <= step <= MAX_STEP:
+        raise ArgumentError(f"step {step}: expected 0 to {MAX_STEP}.")
+    return step
