@@ -3,12 +3,10 @@
 `strace` kills the saving process before each of its calls on the store, or gives the call an error of the kernel's.
 """
 
-import json
 import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -18,16 +16,16 @@ from pathlib import Path
 from queue import SimpleQueue
 
 import pytest
+from fault_client import FaultServer
 from programs import fault_state
 
-PROGRAMS = Path(fault_state.__file__).parent
 CALLS = [
     "openat", "write", "pwrite64", "writev", "fsync", "fdatasync", "rename", "renameat", "renameat2", "unlink",
     "unlinkat", "mkdir", "mkdirat", "rmdir", "ftruncate", "close",
 ]  # fmt: skip
 FAULTS = ["signal=KILL", "error=ENOSPC", "error=EIO"]
 COMMITTED = "step_0000000002"
-SERVERS = 2
+SAVERS = 2
 SHORT = 300
 """Faults that the short form injects at least, all tests together."""
 
@@ -58,17 +56,11 @@ class Point:
         return self.call != "openat" or "O_CREAT" in self.arguments
 
 
-class Server:
-    """`programs/fault_server.py`, which has torch loaded already, and a store for it, made anew for each save."""
+class Saver:
+    """A server, and a store for it that is made anew for each save."""
 
     def __init__(self, place, template):
-        self.store, self._template = place / "place" / "store", template
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "programs.fault_server"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=PROGRAMS.parent,
-            env={"PYTHONPATH": f"{PROGRAMS.parent}:{PROGRAMS.parents[2]}", "PATH": "/usr/bin:/bin"},
-        )  # fmt: skip
-        assert self.process.stdout.readline() == "ready\n"
+        self.store, self._template, self.server = place / "place" / "store", template, FaultServer()
 
     def refresh(self):
         """Make a store with one committed step, in place of what is there."""
@@ -77,25 +69,10 @@ class Server:
 
     def save(self, *, step=2, ranks=1, rank=0, strace=()):
         """Save a step, with `strace` and these arguments attached to one rank; return what the ranks say."""
-        processes = self._ask("save", ranks, str(self.store), step)
-        self.traced = processes[rank]
-        with attached(self.traced, strace):
-            return self._ask("go")
-
-    def newest(self):
-        """Return the newest committed step, bit for bit what was saved, or what is wrong with it."""
-        return self._ask("newest", str(self.store))
-
-    def _ask(self, *request):
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
-
-    def close(self):
-        """End it."""
-        self.process.stdin.close()
-        self.process.wait(30)
-        self.process.stdout.close()
+        process = self.server.prepare(self.store, step, ranks)[rank]
+        with attached(process, strace):
+            self.server.go()
+            return self.server.outcomes()
 
 
 @contextmanager
@@ -116,41 +93,41 @@ def attached(process, arguments):
 
 
 @pytest.fixture(scope="module")
-def servers(tmp_path_factory):
-    """Two servers, so that both processors have work; their stores lie in memory, where a flush takes no time."""
+def savers(tmp_path_factory):
+    """Two savers, so that both processors have work; their stores lie in memory, where a flush takes no time."""
     template = tmp_path_factory.mktemp("template") / "place"
     (template / "assets" / "deeper").mkdir(parents=True)
     (template / "assets" / "vocabulary.txt").write_text("a b c")
     (template / "assets" / "deeper" / "notes.txt").write_text("d")
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as directory:
-        started = [Server(Path(directory) / str(number), template) for number in range(SERVERS)]
+        started = [Saver(Path(directory) / str(number), template) for number in range(SAVERS)]
         started[0].refresh()
         assert started[0].save(step=1) == ["committed"]
         shutil.copytree(started[0].store, template / "store")
         yield started
-        for server in started:
-            server.close()
+        for saver in started:
+            saver.server.close()
 
 
 @pytest.fixture(scope="module")
-def points(servers, tmp_path_factory):
+def points(savers, tmp_path_factory):
     """The calls on the store of a save without a fault, by number of ranks and rank."""
     logs = tmp_path_factory.mktemp("traces")
-    return {(ranks, rank): _points(servers[0], logs, ranks, rank) for ranks, rank in [(1, 0), (2, 0), (2, 1)]}
+    return {(ranks, rank): _points(savers[0], logs, ranks, rank) for ranks, rank in [(1, 0), (2, 0), (2, 1)]}
 
 
-def _points(server, logs, ranks, rank):
-    server.refresh()
+def _points(saver, logs, ranks, rank):
+    saver.refresh()
     log = logs / f"{ranks}-{rank}"
-    said = server.save(ranks=ranks, rank=rank, strace=["-y", "-s", "4096", "-o", str(log)])
+    said = saver.save(ranks=ranks, rank=rank, strace=["-y", "-s", "4096", "-o", str(log)])
     assert said == ["committed"] * ranks
     counts, found = Counter(), {}
     for thread, call, arguments in LINE.findall(log.read_text()):
         counts[thread, call] += 1  # as strace counts
-        if f"{server.store}/" in arguments and f"{COMMITTED}/" not in arguments:  # what follows only reads the new step
+        if f"{saver.store}/" in arguments and f"{COMMITTED}/" not in arguments:  # what follows only reads the new step
             number = counts[thread, call]
-            found[call, number] = Point(rank, call, number, arguments.replace(str(server.store), ""))
+            found[call, number] = Point(rank, call, number, arguments.replace(str(saver.store), ""))
     return list(found.values())
 
 
@@ -160,44 +137,44 @@ def tally():
     return Counter()
 
 
-def inject(server, point, fault, *, ranks=1):
+def inject(saver, point, fault, *, ranks=1):
     """Save with one fault; return what is wrong afterwards, and how the save ended."""
-    server.refresh()
-    said = server.save(
+    saver.refresh()
+    said = saver.save(
         ranks=ranks,
         rank=point.rank,
         strace=["-o", "/dev/null", "-e", f"inject={point.call}:{fault}:when={point.number}"],
     )
     try:
-        step = server.newest()
+        step = saver.server.newest(saver.store)
         assert step in {1, 2}, f"the newest step: {step}"
         assert step == 2 or "committed" not in said, "success was reported, and is not true"
         uncertain = all(outcome.startswith(("CommitError", "died", "committed", "RuntimeError")) for outcome in said)
         assert step == 1 or uncertain, "an error was reported, and the step was committed"
-        again = server.save(ranks=ranks)
+        again = saver.save(ranks=ranks)
         expected = "committed" if step == 1 else "StepExistsError"
         assert all(outcome.startswith(expected) for outcome in again), f"a retry gave {again}"
-        assert fault_state.newest_digested(server.store) == 2
-        assert fault_state.debris(server.store) == []
+        assert fault_state.newest_digested(saver.store) == 2
+        assert fault_state.debris(saver.store) == []
     except Exception as error:  # noqa: BLE001 - collected
         return f"{point} {fault}: {said}: {type(error).__name__}: {error}", said
     return None, said
 
 
-def campaign(servers, chosen, fault, capsys, *, ranks=1):
-    """Inject a fault at each point, a server at a time each; fail with all that went wrong."""
+def campaign(savers, chosen, fault, capsys, *, ranks=1):
+    """Inject a fault at each point, one at a time with each saver; fail with all that went wrong."""
     free = SimpleQueue()
-    for server in servers:
-        free.put(server)
+    for saver in savers:
+        free.put(saver)
 
     def one(point):
-        server = free.get()
+        saver = free.get()
         try:
-            return point, *inject(server, point, fault, ranks=ranks)
+            return point, *inject(saver, point, fault, ranks=ranks)
         finally:
-            free.put(server)
+            free.put(saver)
 
-    with ThreadPoolExecutor(len(servers)) as pool:
+    with ThreadPoolExecutor(len(savers)) as pool:
         results = list(pool.map(one, chosen))
     wrong = [error for _, error, _ in results if error]
     outcomes = Counter(said[point.rank].partition(":")[0] for point, _, said in results)
@@ -218,10 +195,10 @@ FORMS = pytest.mark.parametrize("long", [False, pytest.param(True, marks=pytest.
 
 @FORMS
 @pytest.mark.parametrize("fault", FAULTS)
-def test_one_rank(servers, points, tally, capsys, fault, long):
+def test_one_rank(savers, points, tally, capsys, fault, long):
     """Killed before a call, or when a call fails, a save leaves the old step or the new one, and the next commits."""
     chosen = [point for point in points[1, 0] if long or point.writes]
-    outcomes = campaign(servers, chosen, fault, capsys)
+    outcomes = campaign(savers, chosen, fault, capsys)
     tally[1, 0, fault, long] = len(chosen)
     if fault == "signal=KILL":
         assert outcomes == {"died 9": len(chosen)}
@@ -232,12 +209,12 @@ def test_one_rank(servers, points, tally, capsys, fault, long):
 @FORMS
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("rank", [0, 1])
-def test_two_ranks(servers, points, tally, capsys, rank, fault, long):
+def test_two_ranks(savers, points, tally, capsys, rank, fault, long):
     """With two ranks, a fault of either leaves both with the old step or with the new one."""
     writes = [point for point in points[2, rank] if point.writes]
     missing = SHORT - 3 * len([point for point in points[1, 0] if point.writes])
     chosen = points[2, rank] if long else spread(writes, max(6, missing // 5))
-    campaign(servers, chosen, fault, capsys, ranks=2)
+    campaign(savers, chosen, fault, capsys, ranks=2)
     tally[2, rank, fault, long] = len(chosen)
 
 

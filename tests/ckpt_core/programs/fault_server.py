@@ -6,6 +6,7 @@ Each line of standard input is a request in JSON, and each answer one line of JS
   `committed`, the class and text of its error, or `died N`.
 - `["newest", STORE]`: the newest committed step, after all of it was restored and found to be what was saved; or the
   class and text of the error.
+- `["every", STORE]`: the same of all steps.
 """
 
 import json
@@ -13,6 +14,7 @@ import os
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -79,10 +81,10 @@ def serve(ranks: int, store: Path, step: int) -> None:
         print(json.dumps([hear(process, outcome) for process, _, outcome in forked]), flush=True)
 
 
-def look(store: Path) -> int | str:
-    """Return the newest committed step, or what is wrong with it."""
+def look(see: Callable[[Path], Any], store: Path) -> Any:
+    """Return what is there, or what is wrong with it."""
     try:
-        return fault_state.newest(store)
+        return see(store)
     except Exception as error:  # noqa: BLE001 - it is told
         return f"{type(error).__name__}: {error}"
 
@@ -103,7 +105,7 @@ def main() -> None:
             ranks, store, step = arguments
             serve(ranks, Path(store), step)
         else:
-            print(json.dumps(look(Path(arguments[0]))), flush=True)
+            print(json.dumps(look(getattr(fault_state, request), Path(arguments[0]))), flush=True)
 
 
 main()

@@ -30,37 +30,52 @@ def save(store: Path, step: int) -> None:
     checkpoint.save(store, step=step, trainer={"step": step}, assets=store.parent / "assets", metrics={"loss": 1.0})
 
 
-_restored: set[str] = set()
+_known: set[str] = set()
 """Digests of the steps that this process found to be what was saved: equal ones have equal bytes."""
 
 
 def newest(store: Path) -> int:
     """Return the newest committed step, after all of it was restored and found to be what was saved."""
-    checkpoint = _newest_digested(store)
-    digest, step = checkpoint.manifest.digest(), checkpoint.step
-    if digest in _restored:
-        return step
-    model, optimizer = make(0)
-    expected_model, expected_optimizer = make(step)
-    counters = PyTorchCheckpoint.from_url(store / RUN / step_name(step)).restore(model, optimizer)
-    assert counters == {"step": step}
-    _assert_same(model.state_dict(), expected_model.state_dict())
-    _assert_same(optimizer.state_dict(), expected_optimizer.state_dict())
-    _restored.add(digest)
-    return step
+    return _restored(_newest(store))
 
 
 def newest_digested(store: Path) -> int:
     """Return the newest committed step, after all its files were found to be what its manifest says."""
-    return _newest_digested(store).step
+    return _digested(_newest(store)).step
 
 
-def _newest_digested(store: Path) -> Checkpoint:
+def every(store: Path) -> list[int]:
+    """Return all steps, after each was restored and found to be what was saved. None may be there and be damaged."""
+    steps = [_restored(checkpoint) for checkpoint in LocalStore(store).list(RUN)]
+    names = sorted(path.name for path in (store / RUN).iterdir() if not path.name.startswith("."))
+    assert names == [step_name(step) for step in steps], f"{names}, of which only {steps} are whole"
+    return steps
+
+
+def _newest(store: Path) -> Checkpoint:
     checkpoint = LocalStore(store).latest(RUN)
     assert checkpoint is not None, "the first step is lost"
+    return checkpoint
+
+
+def _digested(checkpoint: Checkpoint) -> Checkpoint:
     for name, record in checkpoint.manifest.files.items():
         assert record_file(checkpoint.path / name) == record, f"{name} is not what the manifest says"
     return checkpoint
+
+
+def _restored(checkpoint: Checkpoint) -> int:
+    digest, step = _digested(checkpoint).manifest.digest(), checkpoint.step
+    if digest in _known:
+        return step
+    model, optimizer = make(0)
+    expected_model, expected_optimizer = make(step)
+    counters = PyTorchCheckpoint.from_url(checkpoint.path).restore(model, optimizer)
+    assert counters == {"step": step}
+    _assert_same(model.state_dict(), expected_model.state_dict())
+    _assert_same(optimizer.state_dict(), expected_optimizer.state_dict())
+    _known.add(digest)
+    return step
 
 
 def debris(store: Path) -> list[str]:
