@@ -1,6 +1,7 @@
 """The ranks that act together: values and errors exchanged so that all of them succeed or all of them fail.
 
-Without a process group there is one rank, and nothing is exchanged.
+They are those of the default process group, or of another one `within` which they act. Without a process group there
+is one rank, and nothing is exchanged.
 """
 
 # torch.distributed's object collectives carry no type annotations.
@@ -9,22 +10,40 @@ Without a process group there is one rank, and nothing is exchanged.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
 T = TypeVar("T")
+_group: ContextVar[dist.ProcessGroup | None] = ContextVar("group", default=None)
+
+
+@contextmanager
+def within(group: dist.ProcessGroup | None) -> Generator[None]:
+    """Let the ranks of `group` act together inside this, in this thread; None is the default group."""
+    token = _group.set(group)
+    try:
+        yield
+    finally:
+        _group.reset(token)
+
+
+def group() -> dist.ProcessGroup | None:
+    """Return the group that acts, None for the default one."""
+    return _group.get()
 
 
 def rank() -> int:
-    """Return this process's rank in the default process group, 0 without one."""
-    return dist.get_rank() if initialized() else 0
+    """Return this process's rank in the group, 0 without one."""
+    return dist.get_rank(group()) if initialized() else 0
 
 
 def world_size() -> int:
-    """Return the number of ranks in the default process group, 1 without one."""
-    return dist.get_world_size() if initialized() else 1
+    """Return the number of ranks in the group, 1 without one."""
+    return dist.get_world_size(group()) if initialized() else 1
 
 
 def initialized() -> bool:
@@ -37,7 +56,7 @@ def gather(value: T) -> list[T]:
     if not initialized():
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group())
     return cast("list[T]", values)
 
 

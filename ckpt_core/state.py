@@ -27,8 +27,6 @@ OPTIMIZER_KEY = "optim"
 UNUSED_KEY = "unused"
 """Beside the state of an optimizer that was saved before its first step: what is there is torch's filling."""
 
-_OFFLOADED = StateDictOptions(cpu_offload=True)
-
 
 class ModelState(Stateful):
     """A model's state for torch.distributed.checkpoint, under the names of its parameters and buffers.
@@ -40,18 +38,25 @@ class ModelState(Stateful):
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state on the CPU; sharded parameters as DTensors that hold this rank's part."""
-        return get_model_state_dict(self.model, options=_OFFLOADED)
+    def state_dict(self, *, offload: bool = True) -> dict[str, Any]:
+        """Return the state; sharded parameters as DTensors that hold this rank's part.
 
-    def content(self) -> dict[str, Any]:
+        Args:
+            offload: bring it to the CPU.
+        """
+        return get_model_state_dict(self.model, options=StateDictOptions(cpu_offload=offload))
+
+    def content(self, *, offload: bool = True) -> dict[str, Any]:
         """Return what is saved: the state dict, readable without running code.
+
+        Args:
+            offload: bring it to the CPU.
 
         Raises:
             ArgumentError (a ValueError): something in it could not be read back.
         """
         with _named_values(self.model.state_dict, MODEL_KEY):
-            return storable(self.state_dict(), MODEL_KEY)
+            return storable(self.state_dict(offload=offload), MODEL_KEY)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Put the state into the model.
@@ -76,11 +81,15 @@ class OptimizerState(Stateful):
         self.optimizer = optimizer
         self.scheduler = scheduler
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return `optim`, on the CPU, and with a scheduler `sched`."""
+    def state_dict(self, *, offload: bool = True) -> dict[str, Any]:
+        """Return `optim`, and with a scheduler `sched`.
+
+        Args:
+            offload: bring it to the CPU.
+        """
         unused = not self.optimizer.state
         with _set_aside_gradients(self.optimizer) if unused else nullcontext():
-            optim = self._by_name(_OFFLOADED)
+            optim = self._by_name(StateDictOptions(cpu_offload=offload))
         if unused:
             # torch made the state by a step with zero gradients; neither the live optimizer nor the step counts of
             # what is saved may tell of a step that was not taken.
@@ -93,15 +102,18 @@ class OptimizerState(Stateful):
             state_dict["sched"] = self.scheduler.state_dict()
         return state_dict
 
-    def content(self) -> dict[str, Any]:
+    def content(self, *, offload: bool = True) -> dict[str, Any]:
         """Return what is saved: the state dict, readable without running code, marked where no step was taken.
+
+        Args:
+            offload: bring it to the CPU.
 
         Raises:
             ArgumentError (a ValueError): something in it could not be read back.
         """
         marks = {} if self.optimizer.state else {UNUSED_KEY: True}
         with _named_values(self.optimizer.state_dict, "optim"):
-            return storable({**self.state_dict(), **marks}, OPTIMIZER_KEY)
+            return storable({**self.state_dict(offload=offload), **marks}, OPTIMIZER_KEY)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Put the state into the optimizer and, where there is one on both sides, the scheduler.

@@ -5,15 +5,20 @@
 
 from __future__ import annotations
 
-import warnings
-from pathlib import Path
-from typing import Any
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.distributed.checkpoint.state_dict_loader import (
+    _load_state_dict,  # pyright: ignore[reportPrivateUsage] - `load` warns where there is no process group
+)
+from torch.distributed.checkpoint.state_dict_saver import (
+    _save_state_dict,  # pyright: ignore[reportPrivateUsage] - `save` warns too, and a thread cannot silence it
+)
 
+from ckpt_core import ranks
 from ckpt_core.errors import CheckpointError, CkptError, CommitError, MismatchError
 from ckpt_core.format.index import check_files, read_index
 from ckpt_core.format.manifest import FileRecord
@@ -21,14 +26,17 @@ from ckpt_core.io.nesting import nest
 from ckpt_core.io.reader import SafeLoadPlanner, SafeReader, load_value
 from ckpt_core.io.writer import DigestWriter
 
+if TYPE_CHECKING:
+    from ckpt_core.urls import Place
+
 __all__ = ["DigestWriter", "SafeLoadPlanner", "SafeReader", "load", "load_value", "read_state", "save"]
 
 
-def load(state_dict: dict[str, Any], directory: Path, *, partial: bool = False) -> None:
+def load(state_dict: dict[str, Any], directory: Place, *, partial: bool = False) -> None:
     """Collective: fill `state_dict` in place from a DCP directory.
 
     Args:
-        state_dict: tensors are filled in place, values replaced, `Stateful` objects loaded.
+        state_dict: tensors are filled in place, values replaced.
         directory: the DCP directory.
         partial: leave what the checkpoint does not have as it is, instead of raising.
 
@@ -37,10 +45,16 @@ def load(state_dict: dict[str, Any], directory: Path, *, partial: bool = False) 
     """
     planner = SafeLoadPlanner(directory, allow_partial_load=partial)
     with _plain_errors(MismatchError):
-        dcp_load(state_dict, storage_reader=SafeReader(directory), planner=planner)
+        _load_state_dict(
+            state_dict=state_dict,
+            storage_reader=SafeReader(directory),
+            process_group=ranks.group(),
+            no_dist=not ranks.initialized(),
+            planner=planner,
+        )
 
 
-def save(state_dict: dict[str, Any], directory: Path, *, twin: bool = False) -> dict[str, FileRecord]:
+def save(state_dict: dict[str, Any], directory: Place, *, twin: bool = False) -> dict[str, FileRecord]:
     """Collective: write `state_dict` to a new DCP directory.
 
     Returns:
@@ -48,11 +62,16 @@ def save(state_dict: dict[str, Any], directory: Path, *, twin: bool = False) -> 
     """
     writer = DigestWriter(directory, twin=twin)
     with _plain_errors(CommitError):
-        dcp_save(state_dict, storage_writer=writer)
+        _save_state_dict(
+            state_dict=state_dict,
+            storage_writer=writer,
+            process_group=ranks.group(),
+            no_dist=not ranks.initialized(),
+        )
     return writer.records
 
 
-def read_state(directory: Path, device: str = "cpu") -> dict[str, Any]:
+def read_state(directory: Place, device: str = "cpu") -> dict[str, Any]:
     """Read all that a DCP directory holds, whatever it is, as the nested dict that was saved."""
     index = read_index(directory)
     check_files(directory, index)
@@ -62,28 +81,23 @@ def read_state(directory: Path, device: str = "cpu") -> dict[str, Any]:
     }
     flat.update(dict.fromkeys(index.values))
     with _plain_errors(MismatchError):
-        dcp_load(flat, storage_reader=SafeReader(directory), planner=SafeLoadPlanner(directory), no_dist=True)
+        _load_state_dict(
+            state_dict=flat, storage_reader=SafeReader(directory), planner=SafeLoadPlanner(directory), no_dist=True
+        )
     return nest(flat, index.paths, str(directory))
 
 
-class _plain_errors:  # noqa: N801 - reads as a statement
-    """Turns DCP's CheckpointException, which is no Exception, into the error that a rank had, or else `otherwise`."""
+@contextmanager
+def _plain_errors(otherwise: type[CheckpointError]) -> Generator[None]:
+    """Turn DCP's CheckpointException, which is no Exception, into the error that a rank had, or else `otherwise`."""
+    try:
+        yield
+    except CheckpointException as error:
+        raise _plain([failure for failure, _ in error.failures.values()], otherwise) from None
 
-    def __init__(self, otherwise: type[CheckpointError]) -> None:
-        self._otherwise = otherwise
 
-    def __enter__(self) -> None:
-        self._warnings = warnings.catch_warnings()
-        self._warnings.__enter__()
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self._warnings.__exit__(None, None, None)
-        if isinstance(error, CheckpointException):
-            raise self._plain([failure for failure, _ in error.failures.values()]) from None
-
-    def _plain(self, failures: list[BaseException]) -> BaseException:
-        for failure in failures:
-            if isinstance(failure, (CkptError, OSError)) or not isinstance(failure, Exception):
-                return failure
-        return self._otherwise(f"{type(failures[0]).__name__}: {failures[0]}")
+def _plain(failures: list[BaseException], otherwise: type[CheckpointError]) -> BaseException:
+    for failure in failures:
+        if isinstance(failure, (CkptError, OSError)) or not isinstance(failure, Exception):
+            return failure
+    return otherwise(f"{type(failures[0]).__name__}: {failures[0]}")

@@ -45,10 +45,10 @@ def run_ranks(count: int, function: Callable[..., Any], *arguments: Any, seconds
                 connection.close()
 
 
-def attempt(function: Callable[..., Any], *arguments: Any) -> Outcome:
+def attempt(function: Callable[..., Any], *arguments: Any, **named: Any) -> Outcome:
     """Return the outcome of a call, an error too."""
     try:
-        return Outcome(function(*arguments))
+        return Outcome(function(*arguments, **named))
     except BaseException as error:  # noqa: BLE001 - the test looks at it
         return Outcome(errors=tuple(kind.__name__ for kind in type(error).__mro__), text=str(error))
 

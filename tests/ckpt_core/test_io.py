@@ -158,6 +158,7 @@ class TestSaving:
             _save_to_dev_full(tmp_path / "dcp")
         assert caught.value.errno == 28
 
+    @pytest.mark.filterwarnings("ignore")
     def test_an_interrupt_stays_one(self, tmp_path):
         """Ctrl-C while saving is a KeyboardInterrupt, not a checkpoint's error."""
 
@@ -217,6 +218,7 @@ class TestCompleteness:
         [lambda r: r[0].pop(), lambda r: r[0].append(r[0][0]), lambda r: r.clear(), foreign],
         ids=["lost", "doubled", "all lost", "foreign"],
     )
+    @pytest.mark.filterwarnings("ignore")
     def test_results_are_compared_with_the_plan(self, tmp_path, change):
         """A lost, doubled or foreign result is a CommitError, and no metadata is written."""
         with pytest.raises(CommitError, match="Nothing was committed"), io._plain_errors(CommitError):
@@ -397,6 +399,7 @@ class TestValues:
         return tmp_path / "dcp"
 
     @pytest.mark.parametrize("how", ["os.system", "eval"])
+    @pytest.mark.filterwarnings("ignore")
     def test_an_evil_value(self, saved, tmp_path, how):
         """A value that would call a function is untrusted by every way of reading; the function is not called."""
         with_value(saved, saved_value(Evil(tmp_path / "ran", how)))
@@ -409,9 +412,7 @@ class TestValues:
         with pytest.raises(UntrustedError), io._plain_errors(DamagedError):
             dcp.load({"rate": None}, storage_reader=SafeReader(saved))
         assert not (tmp_path / "ran").exists()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dcp.load({"rate": None}, checkpoint_id=saved)
+        dcp.load({"rate": None}, checkpoint_id=saved)
         assert (tmp_path / "ran").exists()  # plain dcp.load would have
 
     def test_a_class_of_somebodys(self, saved):
