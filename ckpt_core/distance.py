@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-_PART = 1 << 15
-"""Elements that are made 64-bit numbers at a time: they fit the cache, and torch starts no threads for so few."""
+_PART = 1 << 14
+"""Elements that are made 64-bit numbers at a time: they fit the cache, and no library starts threads for so few."""
 
 
 @dataclass(frozen=True)
