@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 from dataclasses_json import DataClassJsonMixin
 
 from ckpt_core.errors import ArgumentError, CheckpointError, MismatchError
-from ckpt_core.format.manifest import FileRecord, Manifest
+from ckpt_core.format.manifest import Manifest
 from ckpt_core.hyperparameters import as_dict, plain
 from ckpt_core.reference import Reference, refer
 from ckpt_core.store import Checkpoint, open_checkpoint, open_store
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import torch
     from pydantic.json_schema import JsonSchemaValue
     from pydantic_core import CoreSchema
+
+    from ckpt_core.commit import Parts
 else:
 
     class _Torch:
@@ -127,33 +129,13 @@ class PyTorchCheckpoint(DataClassJsonMixin):
         """
         from ckpt_core import commit, ranks
 
-        if self.module is None and self.optimizer is None and self._reference is not None:
-            raise ArgumentError(f"{self.url}: saved already, and nothing of it is in memory; restore it first.")
-        if scheduler is not None and self.optimizer is None:
-            raise ArgumentError("save: a scheduler's state goes with its optimizer's; give the checkpoint one.")
-
-        def manifest(files: Mapping[str, FileRecord], world_size: int) -> Manifest:
-            return Manifest(
-                run=run,
-                step=step,
-                time=datetime.now(UTC).isoformat(timespec="seconds"),
-                world_size=world_size,
-                module=_class_name(self.module),
-                optimizer=_class_name(self.optimizer),
-                hyperparameters=plain(as_dict(self.hyperparameters), "hyperparameters"),
-                metrics=plain(dict(metrics or {}), "metrics"),
-                lineage=plain(dict(lineage or {}), "lineage"),
-                files=files,
-            )
-
-        def collect() -> commit.Parts:
-            manifest({}, 1)  # what cannot be JSON is told before anything is written
-            counters = None if trainer is None else plain(dict(trainer), "trainer")
-            return commit.Parts(self.module, self.optimizer, scheduler, counters, Path(assets) if assets else None)
-
-        parts = ranks.together(collect)
+        described = partial(
+            collect, self, run=run, step=step, scheduler=scheduler, trainer=trainer, assets=assets, metrics=metrics,
+            lineage=lineage,
+        )  # fmt: skip
+        content = ranks.together(lambda: commit.live(described()))
         saved = PyTorchCheckpoint(self.module, self.hyperparameters, self.optimizer)
-        saved._reference = refer(commit.commit(open_store(url), run, step, parts, manifest))
+        saved._reference = refer(commit.commit(open_store(url), content))
         return saved
 
     def restore(
@@ -392,6 +374,49 @@ class PyTorchCheckpoint(DataClassJsonMixin):
             if component == "model":
                 return state_dicts.read_model(directory)
             return state_dicts.read_optimizer(directory)[0]
+
+
+def collect(
+    checkpoint: PyTorchCheckpoint,
+    *,
+    run: str,
+    step: int,
+    scheduler: Any | None = None,
+    trainer: Mapping[str, Any] | None = None,
+    assets: str | Path | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    lineage: Mapping[str, Any] | None = None,
+) -> Parts:
+    """Return what `PyTorchCheckpoint.save` is given as the parts of a step; nothing is copied or written.
+
+    Raises:
+        ArgumentError: there is nothing to save, or something cannot be written as JSON.
+    """
+    from ckpt_core.commit import Parts
+
+    if checkpoint.module is None and checkpoint.optimizer is None and checkpoint.url is not None:
+        raise ArgumentError(f"{checkpoint.url}: saved already, and nothing of it is in memory; restore it first.")
+    if scheduler is not None and checkpoint.optimizer is None:
+        raise ArgumentError("save: a scheduler's state goes with its optimizer's; give the checkpoint one.")
+    manifest = Manifest(
+        run=run,
+        step=step,
+        time="",
+        world_size=1,
+        module=_class_name(checkpoint.module),
+        optimizer=_class_name(checkpoint.optimizer),
+        hyperparameters=plain(as_dict(checkpoint.hyperparameters), "hyperparameters"),
+        metrics=plain(dict(metrics or {}), "metrics"),
+        lineage=plain(dict(lineage or {}), "lineage"),
+    )
+    return Parts(
+        manifest,
+        checkpoint.module,
+        checkpoint.optimizer,
+        scheduler,
+        None if trainer is None else plain(dict(trainer), "trainer"),
+        Path(assets) if assets else None,
+    )
 
 
 def _class_name(instance: object) -> str | None:

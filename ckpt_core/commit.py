@@ -5,65 +5,120 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckpt_core import durable, io, ranks, trainer
-from ckpt_core.errors import CommitError
-from ckpt_core.format.manifest import FileRecord, Manifest, record_file
+from ckpt_core.errors import ArgumentError, CommitError
+from ckpt_core.format.manifest import FileRecord, Manifest, digest_bytes
 from ckpt_core.state import MODEL_KEY, OPTIMIZER_KEY, ModelState, OptimizerState, storable
 
 if TYPE_CHECKING:
     import torch
 
+    from ckpt_core.buffers import HostBuffers
     from ckpt_core.store import Checkpoint, Staging, Store
+    from ckpt_core.urls import Place
 
 Files = dict[str, FileRecord]
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What goes into a step; each may be missing."""
+    """The live objects whose state goes into a step; each may be missing, then on all ranks."""
+
+    manifest: Manifest
+    """What is said of the step; the time, the number of ranks and the files are added when it is committed."""
 
     module: torch.nn.Module | None
     optimizer: torch.optim.Optimizer | None
     scheduler: Any | None
     trainer: Mapping[str, Any] | None
+    """Counters, in JSON types."""
+
     assets: Path | None
 
 
-def commit(
-    store: Store, run: str, step: int, parts: Parts, manifest: Callable[[Mapping[str, FileRecord], int], Manifest]
-) -> Checkpoint:
+@dataclass(frozen=True)
+class Content:
+    """What this rank brings to a step; each part may be missing, then on all ranks."""
+
+    manifest: Manifest
+    model: Callable[[], dict[str, Any]] | None
+    optimizer: Callable[[], dict[str, Any]] | None
+    trainer: Mapping[str, bytes] | None
+    """Files by name."""
+
+    configs: Mapping[str, bytes]
+    """A transformers model's own, on rank 0."""
+
+    assets: Path | None
+
+
+def live(parts: Parts) -> Content:
+    """Return what is read from the live objects while it is written: they must not change meanwhile."""
+    return Content(
+        parts.manifest,
+        None if parts.module is None else lambda: _model(parts, offload=True),
+        None if parts.optimizer is None else lambda: _optimizer(parts, offload=True),
+        None if parts.trainer is None else trainer.content(parts.trainer, ranks.rank()),
+        _configs(parts.module) if ranks.rank() == 0 else {},
+        parts.assets,
+    )
+
+
+def stage(parts: Parts, buffers: HostBuffers) -> Content:
+    """Return what is copied now, so that the live objects may change; it is good until `buffers` are used again."""
+    model = None if parts.module is None else _model(parts, offload=False)
+    optimizer = None if parts.optimizer is None else _optimizer(parts, offload=False)
+    copied_model, copied_optimizer = buffers.stage((model, optimizer))
+    return replace(
+        live(parts),
+        model=None if model is None else lambda: copied_model,
+        optimizer=None if optimizer is None else lambda: copied_optimizer,
+    )
+
+
+def commit(store: Store, content: Content, permit: Callable[[], None] | None = None) -> Checkpoint:
     """Collective: write a step and commit it; on any rank's error nothing is committed, and every rank raises.
 
     Args:
         store: where to.
-        run: the run's name, the same on all ranks.
-        step: the step, the same on all ranks.
-        parts: what to write.
-        manifest: makes the manifest from the files' records and the number of ranks.
+        content: what to write; run and step are the same on all ranks.
+        permit: called on every rank when all is written, right before the commit; an error prevents it.
     """
+    run, step = content.manifest.run, content.manifest.step
     if len(set(ranks.gather((run, step)))) > 1:
         raise CommitError(f"the ranks disagree on what they save: {ranks.gather((run, step))}; nothing was written.")
     held: list[Staging] = []
 
-    def begin() -> Path:
+    def begin() -> Place:
         held.append(store.stage(run, step))
         return held[0].path
 
     staged = ranks.first(begin)
     try:
-        gathered = ranks.gather(_write(staged, parts))
+        gathered = ranks.gather(_write(staged, content))
         files = {name: record for records in gathered for name, record in records.items()}
+        if permit is not None:
+            ranks.together(permit)
 
         def finish() -> Checkpoint:
             present = {name for name, _ in durable.files_below(staged)}
             if present != set(files):
                 raise CommitError(f"{staged}: holds {sorted(present)}, the ranks wrote {sorted(files)}; not committed.")
-            return held[0].commit(manifest(dict(sorted(files.items())), ranks.world_size()))
+            return held[0].commit(
+                replace(
+                    content.manifest,
+                    time=datetime.now(UTC).isoformat(timespec="seconds"),
+                    world_size=ranks.world_size(),
+                    files=dict(sorted(files.items())),
+                )
+            )
 
         return ranks.first(finish)
     finally:
@@ -71,19 +126,19 @@ def commit(
             store.release(staging)
 
 
-def _write(staged: Path, parts: Parts) -> Files:
+def _write(staged: Place, content: Content) -> Files:
     """Collective: write every part below `staged`; return what this rank wrote, by path."""
     files: Files = {}
-    if parts.module is not None:
-        content = {MODEL_KEY: ranks.together(ModelState(parts.module).content)}
-        files |= _below("model", io.save(content, staged / "model", twin=True))
-    if parts.optimizer is not None:
-        content = {OPTIMIZER_KEY: ranks.together(lambda: _optimizer_content(parts))}
-        files |= _below("optimizer", io.save(content, staged / "optimizer", twin=True))
-    if parts.trainer is not None:
-        saved = ranks.each(lambda: trainer.save(staged / "trainer", parts.trainer or {}, ranks.rank()))
-        files |= _below("trainer", saved[ranks.rank()])
-    written = ranks.first(lambda: _write_assets(staged / "assets", parts))
+    if content.model is not None:
+        state = {MODEL_KEY: ranks.together(content.model)}
+        files |= _below("model", io.save(state, staged / "model", twin=True))
+    if content.optimizer is not None:
+        state = {OPTIMIZER_KEY: ranks.together(content.optimizer)}
+        files |= _below("optimizer", io.save(state, staged / "optimizer", twin=True))
+    if content.trainer is not None:
+        own = content.trainer
+        files |= _below("trainer", ranks.together(lambda: _write_files(staged / "trainer", own)))
+    written = ranks.first(lambda: _write_files(staged / "assets", {**_read(content.assets), **content.configs}))
     return files | _below("assets", written) if ranks.rank() == 0 else files
 
 
@@ -91,30 +146,50 @@ def _below(directory: str, files: Files) -> Files:
     return {f"{directory}/{name}": record for name, record in files.items()}
 
 
-def _optimizer_content(parts: Parts) -> dict[str, Any]:
+def _model(parts: Parts, *, offload: bool) -> dict[str, Any]:
+    assert parts.module is not None
+    return ModelState(parts.module).content(offload=offload)
+
+
+def _optimizer(parts: Parts, *, offload: bool) -> dict[str, Any]:
     """Return the optimizer's state by the names of the module's parameters, or by number without a module."""
     assert parts.optimizer is not None
     if parts.module is not None:
-        return OptimizerState(parts.module, parts.optimizer, parts.scheduler).content()
+        return OptimizerState(parts.module, parts.optimizer, parts.scheduler).content(offload=offload)
     optim = parts.optimizer.state_dict()
     optim["state"] = {str(number): state for number, state in optim["state"].items()}
     sched = {} if parts.scheduler is None else {"sched": parts.scheduler.state_dict()}
     return storable({"optim": optim, **sched}, OPTIMIZER_KEY)
 
 
-def _write_assets(directory: Path, parts: Parts) -> Files:
-    """On rank 0: copy the assets, and add a transformers model's own configs; return what was written."""
-    if parts.assets is not None:
-        directory.mkdir(parents=True)
-        durable.copy_tree(parts.assets, directory)
-    config = getattr(parts.module, "config", None)
-    if hasattr(config, "save_pretrained"):
-        directory.mkdir(parents=True, exist_ok=True)
-        from ckpt_core.export.assets import write_configs
-
-        write_configs(parts.module, directory)
-    if not directory.is_dir():
+def _configs(module: torch.nn.Module | None) -> dict[str, bytes]:
+    """Return the configs of a transformers model as files by name; none of another module."""
+    if not hasattr(getattr(module, "config", None), "save_pretrained"):
         return {}
-    for _, path in durable.files_below(directory):
-        durable.sync_file(path)
-    return {name: record_file(path) for name, path in durable.files_below(directory)}
+    from ckpt_core.export.assets import write_configs
+
+    with tempfile.TemporaryDirectory() as directory:
+        write_configs(module, Path(directory))
+        return _read(Path(directory))
+
+
+def _read(directory: Path | None) -> dict[str, bytes]:
+    """Read the files below a directory; links to files are followed.
+
+    Raises:
+        ArgumentError: something there is no file.
+    """
+    if directory is None:
+        return {}
+    files = dict(durable.files_below(directory))
+    for path in files.values():
+        if not path.is_file():
+            raise ArgumentError(f"{path}: neither a file nor a link to one; take it out of the directory.")
+    return {name: path.read_bytes() for name, path in files.items()}
+
+
+def _write_files(directory: Place, files: Mapping[str, bytes]) -> Files:
+    for name, data in files.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        durable.write_new(directory / name, data)
+    return {name: FileRecord(len(data), digest_bytes(data)) for name, data in files.items()}

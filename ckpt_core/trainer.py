@@ -20,22 +20,17 @@ import safetensors
 import torch
 from safetensors.torch import save as to_safetensors
 
-from ckpt_core import durable
 from ckpt_core.errors import DamagedError
-from ckpt_core.format.manifest import FileRecord, digest_bytes
 
 STATE_NAME = "state.json"
 
 
-def save(directory: Path, state: Mapping[str, Any], rank: int) -> dict[str, FileRecord]:
-    """Write this rank's generators and, on rank 0, the counters; return what was written, by file name."""
-    directory.mkdir(parents=True, exist_ok=True)
-    content = {_rank_name(rank): _generators()}
+def content(state: Mapping[str, Any], rank: int) -> dict[str, bytes]:
+    """Return this rank's generators as they are now and, on rank 0, the counters: as files by name."""
+    files = {_rank_name(rank): _generators()}
     if rank == 0:
-        content[STATE_NAME] = (json.dumps(state, indent=1) + "\n").encode()
-    for name, data in content.items():
-        durable.write_new(directory / name, data)
-    return {name: FileRecord(len(data), digest_bytes(data)) for name, data in content.items()}
+        files[STATE_NAME] = (json.dumps(state, indent=1) + "\n").encode()
+    return files
 
 
 def load(directory: Path) -> dict[str, Any]:

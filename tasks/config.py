@@ -135,7 +135,11 @@ class ComputeSettings(Settings):
     """`auto` takes CUDA when there is one."""
 
     grace_seconds: float = Field(default=20.0, gt=0, le=300)
-    """After TERM, ranks have this long to commit a checkpoint before they are killed."""
+    """After TERM, ranks have this long to commit a checkpoint before they are killed; after four fifths of it they
+    give up what is not committed by then."""
+
+    async_save: bool = True
+    """Train on while a checkpoint is written. It takes memory of the size of model and optimizer."""
 
     trainer: str = Field(default="tasks.worker", pattern=r"^[A-Za-z_][\w.]*$")
     """The module that torchrun starts. Yours may replace it: it is given the path of a job file (JSON: store,

@@ -15,6 +15,7 @@ from ckpt_core import PyTorchCheckpoint, ranks
 from ckpt_core.errors import ArgumentError
 from ckpt_core.store import LocalStore, open_store
 from tasks.worker.batches import batch, rank_share
+from tasks.worker.checkpoints import Checkpoints
 from tasks.worker.evaluate import heldout_loss
 from tasks.worker.history import History
 from tasks.worker.loss import accumulate_gradients
@@ -66,7 +67,6 @@ class Trainer:
         _check(job, place)
         self.step = job.start_step
         self.history = History()
-        self.parent = newest
         self.model = self._build(load_weights=newest is None)
         self.optimizer = make_optimizer(self.model, job.step)
         self.scheduler = make_schedule(
@@ -74,22 +74,27 @@ class Trainer:
         )
         if newest is not None:
             self._restore(*newest)
-        self.saved_step = self.step
         self.log, self.progress = self._open_records()
+        self.checkpoints = Checkpoints(job, open_store(job.store), newest, self._announce)
 
     def run(self, stop_requested: Callable[[], bool]) -> bool:
         """Collective. Train to the end or until a stop; return whether the end was reached."""
-        if self.history.initial_heldout_loss is None:
-            self._evaluate()
-        stop = any(self.place.sum([float(stop_requested())]))
-        while self.step < self.job.end_step and not stop:
-            entry, stop = self._advance(stop_requested)
-            if self._is_due(self.job.step.evaluate_every):
-                entry["heldout_loss"] = self._evaluate()
-            if self.log:
-                self.log.add(entry)
-            if stop or self._is_due(self.job.step.checkpoint_every):
-                self._save()
+        with self.checkpoints:
+            if self.history.initial_heldout_loss is None:
+                self._evaluate()
+            stop = any(self.place.sum([float(stop_requested())]))
+            while self.step < self.job.end_step and not stop:
+                entry, stop = self._advance(stop_requested)
+                self.checkpoints.look()
+                if stop:
+                    self.checkpoints.hurry()
+                if self._is_due(self.job.step.evaluate_every):
+                    entry["heldout_loss"] = self._evaluate()
+                if self.log:
+                    self.log.add(entry)
+                if stop or self._is_due(self.job.step.checkpoint_every):
+                    self._save()
+            self.checkpoints.finish()
         if self.log:
             self.log.close()
         return self.step == self.job.end_step
@@ -111,9 +116,11 @@ class Trainer:
         total, stops = self.place.sum([summed.item(), float(stop_requested())])
         loss, learning_rate = total / targets, float(self.scheduler.get_last_lr()[0])
         if not (math.isfinite(loss) and math.isfinite(norm)):
+            newest = self.checkpoints.newest
             raise FloatingPointError(
-                f"step {self.step + 1}: the loss is {loss}, the gradient's norm {norm}; the checkpoint of step "
-                f"{self.saved_step} is untouched; lower `learning_rate` or lengthen `warmup_steps`"
+                f"step {self.step + 1}: the loss is {loss}, the gradient's norm {norm}; "
+                f"{f'the checkpoint of step {newest[0]} is untouched; ' if newest else ''}"
+                "lower `learning_rate` or lengthen `warmup_steps`"
             )
         self.optimizer.step()
         self.scheduler.step()
@@ -141,24 +148,23 @@ class Trainer:
         return loss
 
     def _save(self) -> None:
-        """Collective. Commit a checkpoint of this step."""
+        """Collective. Save this step; with `async_save`, what is written is a copy and training goes on."""
         if self.log:
             self.log.sync()
         job = self.job
-        saved = PyTorchCheckpoint(self.model, _hyperparameters(job), self.optimizer).save(
-            job.store,
-            run=job.run,
+        self.checkpoints.save(
+            PyTorchCheckpoint(self.model, _hyperparameters(job), self.optimizer),
             step=self.step,
             scheduler=self.scheduler,
             trainer={"step": self.step, "history": self.history.to_json()},
             assets=job.tokenizer,
             metrics={**self.history.metrics(), "tokens": self._tokens_seen()},
-            lineage={**job.lineage, "parent": self._parent(), "hardware": self.place.hardware()},
+            lineage={**job.lineage, "hardware": self.place.hardware()},
         )
-        self.parent = (self.step, str(saved.url))
-        self.saved_step = self.step
+
+    def _announce(self, step: int, url: str) -> None:
         if self.progress:
-            self.progress.note(self.step, f"checkpoint {saved.url}")
+            self.progress.note(step, f"checkpoint {url}")
 
     def _build(self, *, load_weights: bool) -> nn.Module:
         job = self.job
@@ -194,9 +200,6 @@ class Trainer:
 
     def _tokens_seen(self) -> int:
         return (self.step - self.job.start_step) * self.job.step.batch_size * self.tokens.shape[1]
-
-    def _parent(self) -> dict[str, Any] | None:
-        return None if self.parent is None else {"step": self.parent[0], "url": self.parent[1]}
 
 
 def _newest(job: Job) -> tuple[int, str] | None:

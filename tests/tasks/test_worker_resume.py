@@ -126,6 +126,20 @@ def test_term_commits_and_says_unfinished(server, prepared, tmp_path):
     assert step_records(stopped) == step_records(whole)
 
 
+def test_saving_at_once_is_the_same(server, uninterrupted, tmp_path):
+    """A job that does not train on while it saves ends with the same bits, records, steps and parents."""
+    reference, _ = uninterrupted(2)
+    job = same_job(reference, tmp_path / "store")
+    job = job.model_copy(update={"compute": job.compute.model_copy(update={"async_save": False})})
+    assert server.run(job)["codes"] == [0, 0]
+    assert final_state(job) == final_state(reference)
+    assert step_records(job) == step_records(reference)
+    assert committed_steps(job) == committed_steps(reference) == [2, 4, 6, 8, 10, 12]
+    for step in committed_steps(job):
+        parents = [manifest(j, step).lineage["parent"] for j in (job, reference)]
+        assert [parent and parent["step"] for parent in parents] == [step - 2 or None] * 2
+
+
 def test_complete_job_is_left_alone(server, uninterrupted):
     """A job whose last step is committed ends at once with success and changes nothing."""
     job, _ = uninterrupted(1)
@@ -233,7 +247,7 @@ def test_bad_jobs(server, prepared, tmp_path):
     cases = {
         "batch_size 8 cannot be shared by 3 ranks": (tiny_job(prepared, tmp_path / "a", ranks=3), 3),
         "has no checkpoint, but the job starts from step 4": (tiny_job(prepared, tmp_path / "b", start_step=4), 1),
-        "the gradient's norm nan; the checkpoint of step 0 is untouched": (
+        "the gradient's norm nan; lower `learning_rate`": (
             tiny_job(prepared, tmp_path / "c", learning_rate=1e30, max_grad_norm=1e30),
             1,
         ),

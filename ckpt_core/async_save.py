@@ -1,0 +1,263 @@
+"""Saving in the background: training goes on while the copy of its last state is written and committed.
+
+with AsyncSaver(store_url, run="nightly") as saver:
+    for step in ...:
+        ...
+        saver.save(PyTorchCheckpoint(model, hyperparameters, optimizer), step=step)
+"""
+
+# torch.distributed is only partly annotated.
+# pyright: reportUnknownMemberType=false
+
+from __future__ import annotations
+
+# Registers the end of thread pools before `_finish_all` is registered, and so comes after it.
+import concurrent.futures.thread  # noqa: F401  # pyright: ignore[reportUnusedImport]
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch.distributed as dist
+
+from ckpt_core import commit, ranks
+from ckpt_core.buffers import HostBuffers
+from ckpt_core.checkpoint import PyTorchCheckpoint, collect
+from ckpt_core.errors import ArgumentError, CkptError, CommitError
+from ckpt_core.flight import Flight
+from ckpt_core.reference import refer
+from ckpt_core.store import open_store
+
+if TYPE_CHECKING:
+    from ckpt_core.store import Store
+
+_PATIENCE = timedelta(minutes=30)
+"""How long a rank that has written its part waits for one that has not."""
+
+_SKEW_S = 5.0
+"""How much later than another one a rank may come to `close`."""
+
+_log = logging.getLogger(__name__)
+_open: weakref.WeakSet[AsyncSaver] = weakref.WeakSet()
+
+
+@dataclass(frozen=True)
+class SaveTimes:
+    """How long a save kept training from going on."""
+
+    step: int
+    waited_s: float
+    """For the write before it to end."""
+
+    blocked_s: float
+    """For the copy of the state."""
+
+
+class AsyncSaver:
+    """Commits steps to a store while training goes on; one at a time. Collective: making one, `save`, `wait`, `close`.
+
+    `save` copies the state into host memory, which is kept for the next one, and returns. A thread then writes and
+    commits the copy, over process groups of its own; without a process group there is one rank. A write that failed is
+    an error of the next call, before that does anything, on every rank.
+
+    Args:
+        store: the store, or its URL; steps are committed as `<url>/<run>/step_NNNNNNNNNN`.
+        run: the lineage that the steps belong to.
+        timeout: seconds that the last write may take from the call of `close`, or the end of the process. Then it is
+            given up: the step is not committed, nothing of it is visible, and the next save removes what it left.
+    """
+
+    def __init__(self, store: str | Path | Store, *, run: str = "default", timeout: float = 600.0) -> None:
+        _check_timeout(timeout)
+        self._store = open_store(store) if isinstance(store, (str, Path)) else store
+        self._run, self._timeout = run, timeout
+        self._buffers = HostBuffers()
+        self._flight: Flight[PyTorchCheckpoint] | None = None
+        self._committed: PyTorchCheckpoint | None = None
+        self._closed = False
+        self._agreeing, self._writing = _new_group(), _new_group()
+        _open.add(self)
+
+    def __enter__(self) -> AsyncSaver:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            self.close()
+            return
+        self._finish_quietly()  # the other ranks may not come to `close`; and it is that error that is to be seen
+        self._release()
+
+    @property
+    def committed(self) -> PyTorchCheckpoint | None:
+        """The newest checkpoint that this rank knows to be committed, to be loaded on demand. Not collective."""
+        flight = self._flight
+        return self._committed if flight is None else flight.committed or self._committed
+
+    def save(
+        self,
+        checkpoint: PyTorchCheckpoint,
+        *,
+        step: int,
+        scheduler: Any | None = None,
+        trainer: Mapping[str, Any] | None = None,
+        assets: str | Path | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        lineage: Mapping[str, Any] | None = None,
+    ) -> SaveTimes:
+        """Copy the state, and begin to write it; a write that is under way is waited for first. Collective.
+
+        The arguments are those of `PyTorchCheckpoint.save`. When this returns, module, optimizer and scheduler may
+        change; the files in `assets` may not, until the step is committed.
+
+        Raises:
+            CommitError: the step before this was not committed, or not surely; nothing of this one was done.
+            ArgumentError: something cannot be saved; nothing was written.
+        """
+        if self._closed:
+            raise ArgumentError(f"save of step {step}: this AsyncSaver was closed; make a new one.")
+        began = time.monotonic()
+        self._settle()
+        waited = time.monotonic()
+
+        def copy() -> commit.Content:
+            parts = collect(
+                checkpoint, run=self._run, step=step, scheduler=scheduler, trainer=trainer, assets=assets,
+                metrics=metrics, lineage=lineage,
+            )  # fmt: skip
+            return commit.stage(parts, self._buffers)
+
+        with ranks.within(self._agreeing):
+            content = ranks.together(copy)
+        self._flight = Flight(f"step {step} of run {self._run!r}", lambda permit: self._write(content, permit))
+        times = SaveTimes(step, waited - began, time.monotonic() - waited)
+        _log.info("step %d: waited %.3f s for the write before it, copied in %.3f s", *asdict(times).values())
+        return times
+
+    def wait(self, timeout: float | None = None) -> PyTorchCheckpoint | None:
+        """Wait until nothing is being written; return the last checkpoint that was committed, or None. Collective.
+
+        Args:
+            timeout: seconds after which the write is given up; that closes the saver.
+
+        Raises:
+            CommitError: the step that was being written was not committed, or not surely; the message says which.
+        """
+        if timeout is not None:
+            _check_timeout(timeout)
+        self._settle(timeout)
+        return self._committed
+
+    def close(self, timeout: float | None = None) -> None:
+        """Finish the last write, or give it up, and release memory and process groups. Collective.
+
+        Args:
+            timeout: seconds that it may take; by default what the constructor was given.
+
+        Raises:
+            CommitError: the step that was being written was not committed, or not surely; the message says which.
+        """
+        seconds = self._timeout if timeout is None else timeout
+        _check_timeout(seconds)
+        try:
+            self._settle(seconds)
+        finally:
+            self._release()
+
+    def _write(self, content: commit.Content, permit: Callable[[], None]) -> PyTorchCheckpoint:
+        """Collective, in the thread: write and commit what was copied."""
+        with ranks.within(self._writing):
+            checkpoint = commit.commit(self._store, content, permit)
+            reference = ranks.first(lambda: refer(checkpoint))
+        return PyTorchCheckpoint.from_dict({**asdict(reference), "hyperparameters": content.manifest.hyperparameters})
+
+    def _settle(self, timeout: float | None = None) -> None:
+        """Collective: end the write that is under way, with one outcome for all ranks."""
+        if self._flight is None:
+            return
+        flight, deadline = self._flight, None if timeout is None else time.monotonic() + timeout
+        flight.join(timeout)
+        if deadline is not None:
+            flight.give_up()
+        try:
+            self._agree(flight, deadline)
+        finally:
+            self._flight, self._committed = None, flight.committed or self._committed
+
+    def _agree(self, flight: Flight[PyTorchCheckpoint], deadline: float | None) -> None:
+        """Collective: raise what any rank has to say against the step's being committed."""
+        try:
+            with ranks.within(self._agreeing):
+                if deadline is not None:
+                    self._meet(max(0.0, deadline - time.monotonic()) + _SKEW_S)
+                if not all(ranks.each(flight.outcome)):  # time was up when a rank had agreed to the commit already
+                    ranks.each(flight.named)
+        except CommitError:
+            if deadline is not None:  # a thread that was given up may still use the process group
+                self._release()
+            raise
+        except RuntimeError as error:
+            _log.warning("a rank is gone, or did not come in time: %s", error)
+            self._release()
+            flight.end()
+
+    def _meet(self, seconds: float) -> None:
+        """Collective: wait for the other ranks; a RuntimeError if they do not come in time."""
+        if self._agreeing is not None:
+            dist.monitored_barrier(self._agreeing, timeout=timedelta(seconds=seconds))
+
+    def _finish_alone(self, timeout: float) -> None:
+        """End the write that is under way without asking the other ranks: without this one, nothing is committed."""
+        if self._flight is None:
+            return
+        flight, self._flight = self._flight, None
+        flight.join(timeout)
+        try:
+            flight.end()
+        finally:
+            self._committed = flight.committed or self._committed
+
+    def _finish_quietly(self) -> None:
+        try:
+            self._finish_alone(self._timeout)
+        except CkptError as error:
+            _log.error("%s", error)
+
+    def _release(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._buffers = HostBuffers()
+        _open.discard(self)
+        for group in (self._agreeing, self._writing):
+            if group is not None:
+                dist.destroy_process_group(group)
+
+
+def _new_group() -> dist.ProcessGroup | None:
+    """Collective: return a gloo group of the ranks that act, None without a process group."""
+    if not ranks.initialized():
+        return None
+    members = dist.get_process_group_ranks(ranks.group())
+    group = dist.new_group(members, timeout=_PATIENCE, backend="gloo")
+    return cast("dist.ProcessGroup", group)
+
+
+def _check_timeout(timeout: float) -> None:
+    if not 0 <= timeout <= threading.TIMEOUT_MAX:
+        raise ArgumentError(f"timeout={timeout}: expected seconds, 0 or more, and finite.")
+
+
+def _finish_all() -> None:
+    """At the end of the process: finish what was not closed, or give it up."""
+    for saver in list(_open):
+        saver._finish_quietly()  # pyright: ignore[reportPrivateUsage] - this module's own
+
+
+# `atexit` would be too late: no thread pool takes work then, and a write may use one.
+threading._register_atexit(_finish_all)  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
