@@ -1,4 +1,7 @@
-"""File operations that survive a power cut: written, flushed to the device, and only then named."""
+"""File operations that survive a power cut: written, flushed to the device, and only then named.
+
+Elsewhere than on a local file system, a file that was written whole is durable, and there are no directories to flush.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,102 @@ import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, overload
 
 from ckpt_core.errors import ArgumentError, CommitError, StepExistsError
 
+if TYPE_CHECKING:
+    from upath import UPath
 
-def write_new(path: Path, data: bytes) -> None:
+    from ckpt_core.urls import Place
+
+_PART_BYTES = 16 << 20
+"""What is sent to an object store in one request."""
+
+
+def file_system(place: UPath) -> Any:
+    """Return fsspec's file system of a place; it has no annotations."""
+    return place.fs
+
+
+class Sink(Protocol):
+    """A new file that is being written."""
+
+    def write(self, data: memoryview) -> None:
+        """Append all of `data`."""
+        ...
+
+    def seal(self) -> None:
+        """Make the file whole and durable."""
+        ...
+
+    def close(self) -> None:
+        """End writing; what was not sealed may be cut short, or not there."""
+        ...
+
+
+def create(place: Place) -> Sink:
+    """Begin a file that must not exist yet."""
+    return LocalSink(place) if isinstance(place, Path) else RemoteSink(place)
+
+
+class LocalSink:
+    """A new file on a local file system; a link in its place is not followed."""
+
+    def __init__(self, path: Path) -> None:
+        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+
+    def write(self, data: memoryview) -> None:
+        """Append all of `data`."""
+        while data:
+            data = data[os.write(self._handle, data) :]
+
+    def seal(self) -> None:
+        """Flush to the device, and close."""
+        os.fsync(self._handle)
+        self.close()
+
+    def close(self) -> None:
+        """Close."""
+        handle, self._handle = self._handle, -1
+        if handle >= 0:
+            os.close(handle)
+
+
+class RemoteSink:
+    """A new object, sent in parts; it is there when it is sealed."""
+
+    def __init__(self, place: UPath) -> None:
+        self._file: Any = file_system(place).open(place.path, "wb", block_size=_PART_BYTES)
+
+    def write(self, data: memoryview) -> None:
+        """Append all of `data`."""
+        self._file.write(data)
+
+    def seal(self) -> None:
+        """Send the rest."""
+        file, self._file = self._file, None
+        file.close()
+
+    def close(self) -> None:
+        """Forget what was not sealed."""
+        file, self._file = self._file, None
+        if file is not None and hasattr(file, "discard"):
+            with suppress(OSError):  # what it leaves is no file of anything
+                file.discard()
+
+
+def write_new(place: Place, data: bytes) -> None:
     """Write a file that must not exist yet, and flush it to the device."""
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
-    with os.fdopen(handle, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    if not isinstance(place, Path):
+        file_system(place).pipe_file(place.path, data, mode="create")
+        return
+    sink = create(place)
+    try:
+        sink.write(memoryview(data))
+        sink.seal()
+    finally:
+        sink.close()
 
 
 def replace(path: Path, data: bytes) -> None:
@@ -32,9 +120,10 @@ def replace(path: Path, data: bytes) -> None:
     sync_directory(path.parent)
 
 
-def sync_file(path: Path) -> None:
+def sync_file(place: Place) -> None:
     """Flush a file's bytes to the device."""
-    _sync(path, os.O_RDONLY | os.O_NOFOLLOW)
+    if isinstance(place, Path):
+        _sync(place, os.O_RDONLY | os.O_NOFOLLOW)
 
 
 def sync_directory(path: Path) -> None:
@@ -42,16 +131,18 @@ def sync_directory(path: Path) -> None:
     _sync(path, os.O_RDONLY | os.O_DIRECTORY)
 
 
-def sync_tree(root: Path) -> None:
+def sync_tree(root: Place) -> None:
     """Flush every directory below `root`, and `root`; the files in them are flushed by who wrote them."""
+    if not isinstance(root, Path):
+        return
     for directory in [*(p for p in walk(root) if p.is_dir()), root]:
         sync_directory(directory)
 
 
-def file_size(path: Path) -> int | None:
+def file_size(place: Place) -> int | None:
     """Return the size in bytes of a regular file, or of what a link leads to; None if there is none."""
     try:
-        status = path.stat()
+        status = place.stat()
     except (FileNotFoundError, NotADirectoryError):
         return None
     return status.st_size if stat.S_ISREG(status.st_mode) else None
@@ -65,14 +156,25 @@ def walk(root: Path) -> Iterator[Path]:
         yield entry
 
 
-def files_below(root: Path) -> Iterator[tuple[str, Path]]:
+@overload
+def files_below(root: Path) -> Iterator[tuple[str, Path]]: ...
+@overload
+def files_below(root: Place) -> Iterator[tuple[str, Place]]: ...
+def files_below(root: Place) -> Iterator[tuple[str, Place]]:
     """Yield each file below `root` with its path relative to it, in order."""
+    if not isinstance(root, Path):
+        base, files = root.path.rstrip("/"), file_system(root)
+        files.invalidate_cache()
+        for path in files.find(base):
+            name = path.removeprefix(base).lstrip("/")
+            yield name, root / name
+        return
     for path in walk(root):
         if not path.is_dir():
             yield path.relative_to(root).as_posix(), path
 
 
-def copy_tree(source: Path, target: Path) -> None:
+def copy_tree(source: Path, target: Place) -> None:
     """Copy the files below `source` to `target`, each flushed to the device; links to files are followed.
 
     Raises:
@@ -82,8 +184,14 @@ def copy_tree(source: Path, target: Path) -> None:
         if not path.is_file():
             raise ArgumentError(f"{path}: neither a file nor a link to one; take it out of the directory.")
         copy = target / name
-        copy.parent.mkdir(parents=True, exist_ok=True)
+        make_parents(copy)
         write_new(copy, path.read_bytes())
+
+
+def make_parents(place: Place) -> None:
+    """Make the directories above a file, where there are directories."""
+    if isinstance(place, Path):
+        place.parent.mkdir(parents=True, exist_ok=True)
 
 
 def remove_tree(path: Path) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ckpt_core.errors import MismatchError, NotACheckpointError
 from ckpt_core.format.index import METADATA_NAME, Index
+
+if TYPE_CHECKING:
+    from ckpt_core.urls import Place
 
 _log = logging.getLogger(__name__)
 
@@ -26,7 +29,7 @@ OTHER_COMPONENTS = ("optim.", "optimizer.", "sched.", "scheduler.", "lr_schedule
 """What the names of all that frameworks keep beside a model in one DCP directory begin with."""
 
 
-def find_dcp(path: Path) -> Path:
+def find_dcp(path: Place) -> Place:
     """Return the model's DCP directory at `path` or at a level below it where frameworks put it, and log which.
 
     Raises:

@@ -22,6 +22,7 @@ from ckpt_core.locate import find_dcp
 from ckpt_core.placement import Part, place
 from ckpt_core.restore import load_model, load_optimizer
 from ckpt_core.state import MODEL_KEY, OPTIMIZER_KEY, ModelState, OptimizerState
+from ckpt_core.urls import place_of
 
 __all__ = ["ModelState", "OptimizerState", "convert_dcp_to_hf", "load_checkpoint", "save_checkpoint"]
 
@@ -88,9 +89,9 @@ def load_checkpoint(
     """
     if optimizer is not None and optimizer_path is None:
         raise ArgumentError("optimizer_path: missing, and there is an optimizer to load; give its directory.")
-    load_model(model, ranks.together(lambda: find_dcp(Path(weights_path))))
+    load_model(model, ranks.together(lambda: find_dcp(place_of(weights_path))))
     if optimizer is not None:
-        load_optimizer(OptimizerState(model, optimizer, scheduler), Path(str(optimizer_path)))
+        load_optimizer(OptimizerState(model, optimizer, scheduler), place_of(str(optimizer_path)))
 
 
 def convert_dcp_to_hf(
@@ -122,7 +123,7 @@ def convert_dcp_to_hf(
 
     target = Path(hf_ckpt_path)
     check_free(target, overwrite=overwrite)
-    directory = find_dcp(Path(dcp_ckpt_path))
+    directory = find_dcp(place_of(dcp_ckpt_path))
     assets = fetch_assets(model_name_or_path, tokenizer_name_or_path or model_name_or_path)
     convert(directory, target, assets=assets, overwrite=overwrite)
     return hf_ckpt_path

@@ -8,8 +8,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -21,11 +20,14 @@ from ckpt_core.io.nesting import nest
 from ckpt_core.locate import OTHER_COMPONENTS, find_prefix
 from ckpt_core.state import OPTIMIZER_KEY, UNUSED_KEY, ModelState, OptimizerState
 
+if TYPE_CHECKING:
+    from ckpt_core.urls import Place
+
 _EXTRA = "_extra_state"
 _log = logging.getLogger(__name__)
 
 
-def load_model(model: torch.nn.Module, directory: Path) -> None:
+def load_model(model: torch.nn.Module, directory: Place) -> None:
     """Collective: fill a model from the DCP directory, whatever its names have in front of the model's.
 
     Raises:
@@ -47,7 +49,7 @@ def load_model(model: torch.nn.Module, directory: Path) -> None:
     state.load_state_dict({name: loaded.get(name, own[name]) for name in own})
 
 
-def load_optimizer(state: OptimizerState, directory: Path) -> None:
+def load_optimizer(state: OptimizerState, directory: Place) -> None:
     """Collective: fill an optimizer and scheduler from the DCP directory that `save_checkpoint` made of them.
 
     Raises:
@@ -78,7 +80,7 @@ def like(live: Any, stored: Any) -> Any:
     return Counter(built) if isinstance(live, Counter) else built
 
 
-def _optimizer_targets(state: OptimizerState, index: Index, directory: Path) -> dict[str, Any]:
+def _optimizer_targets(state: OptimizerState, index: Index, directory: Place) -> dict[str, Any]:
     """Return what to read of an optimizer, by flat name: tensors in the shape and sharding that the live one has."""
     root = f"{OPTIMIZER_KEY}."
     if not _names(index, f"{root}optim.param_groups."):
@@ -141,7 +143,7 @@ def _extra_path(index: Index, name: str, prefix: str) -> Keys:
     return (".".join(map(str, path[:end])).removeprefix(prefix), *path[end:])
 
 
-def _tell_unread(index: Index, prefix: str, own: Mapping[str, Any], directory: Path) -> None:
+def _tell_unread(index: Index, prefix: str, own: Mapping[str, Any], directory: Place) -> None:
     unread = [
         name
         for name in index.tensors

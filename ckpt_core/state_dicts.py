@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,13 +17,16 @@ from ckpt_core.io.nesting import nest
 from ckpt_core.restore import like
 from ckpt_core.state import MODEL_KEY, OPTIMIZER_KEY, UNUSED_KEY
 
+if TYPE_CHECKING:
+    from ckpt_core.urls import Place
 
-def read_model(directory: Path) -> dict[str, Any]:
+
+def read_model(directory: Place) -> dict[str, Any]:
     """Read a model as `torch.nn.Module.state_dict` gives it, on the first GPU if there is one, as flytekit has it."""
     return _read(directory).get(MODEL_KEY, {})
 
 
-def read_optimizer(directory: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+def read_optimizer(directory: Place) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Read an optimizer as `torch.optim.Optimizer.state_dict` gives it, and its scheduler's state if it has one."""
     saved: dict[str, Any] = _read(directory)[OPTIMIZER_KEY]
     optim: dict[str, Any] = saved["optim"]
@@ -33,7 +35,7 @@ def read_optimizer(directory: Path) -> tuple[dict[str, Any], dict[str, Any] | No
     return _numbered(optim), saved.get("sched")
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, scheduler: Any | None, directory: Path) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, scheduler: Any | None, directory: Place) -> None:
     """Fill an optimizer, and its scheduler, that was saved without its module: by the numbers of its parameters.
 
     Raises:
@@ -48,7 +50,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, scheduler: Any | None, dire
         scheduler.load_state_dict(like(scheduler.state_dict(), sched))
 
 
-def _read(directory: Path) -> dict[str, Any]:
+def _read(directory: Place) -> dict[str, Any]:
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     return _in_saved_order(io.read_state(directory, device), read_index(directory).paths, str(directory))
 

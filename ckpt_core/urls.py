@@ -1,18 +1,49 @@
-"""Paths and `file://` URLs."""
+"""Paths and URLs: a local path where the system's calls are needed, a place anywhere where reading is enough."""
 
 from __future__ import annotations
 
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import unquote_to_bytes, urlsplit
 
 from ckpt_core.errors import ArgumentError
 
+if TYPE_CHECKING:
+    from upath import UPath
+
+    Place = Path | UPath
+    """A directory or file: on a local file system, or below a URL that fsspec knows."""
+
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|file:/")
 
 
-def local_path(url: str | Path) -> Path:
+def place_of(url: str | Place) -> Place:
+    """Return what `url` names: a path for a path or a `file://` URL, else a place that fsspec reaches.
+
+    Raises:
+        ArgumentError: no URL, or one of a scheme that needs a package that is not installed.
+    """
+    text = str(url)
+    if isinstance(url, Path) or not _SCHEME.match(text) or text.startswith("file:"):
+        return local_path(text)
+    from upath import UPath
+
+    try:
+        place = UPath(url)
+        _ = place.fs  # finds the scheme's file system
+    except (ImportError, ValueError) as error:
+        raise ArgumentError(f"{text}: no store that can be reached here ({error}).") from None
+    return place
+
+
+def url_of(place: Place) -> str:
+    """Return the URL of a place; `place_of` is its inverse."""
+    return place.as_uri()
+
+
+def local_path(url: str | Place) -> Path:
     """Return the absolute path that `url` names: a path or a `file://` URL.
 
     Raises:
@@ -21,8 +52,8 @@ def local_path(url: str | Path) -> Path:
     text = str(url)
     if "\0" in text:
         raise ArgumentError(f"{text!r}: a path has no NUL in it.")
-    if not _SCHEME.match(text):
-        return Path(url).absolute()
+    if isinstance(url, Path) or not _SCHEME.match(text):
+        return Path(text).absolute()
     try:
         parts = urlsplit(text)
     except ValueError as error:
@@ -31,4 +62,4 @@ def local_path(url: str | Path) -> Path:
     plain = parts.scheme == "file" and parts.netloc in {"", "localhost"} and not (parts.query or parts.fragment)
     if plain and path.is_absolute() and "\0" not in str(path):
         return path
-    raise ArgumentError(f"{text}: expected a local path or a file:///... URL; other stores are not supported yet.")
+    raise ArgumentError(f"{text}: expected a local path or a file:///... URL.")

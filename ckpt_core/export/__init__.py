@@ -6,24 +6,28 @@ that equal input gives equal bytes.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from ckpt_core import durable
 from ckpt_core.errors import ArgumentError, DamagedError, ExportExistsError, NotACheckpointError, StepExistsError
 from ckpt_core.export.architecture import find_architecture
 from ckpt_core.export.assets import CONFIG_NAME, EXPORT_NAME, Assets, read_assets
 from ckpt_core.export.plan import Plan, make_plan
+from ckpt_core.format.digests import digest_bytes
 from ckpt_core.format.index import METADATA_NAME, read_index
-from ckpt_core.format.manifest import MANIFEST_NAME, digest_bytes
+from ckpt_core.format.manifest import MANIFEST_NAME, record_file
 from ckpt_core.placement import placed
 from ckpt_core.store import Checkpoint
+from ckpt_core.urls import local_path
+
+if TYPE_CHECKING:
+    from ckpt_core.urls import Place
 
 __all__ = [
     "EXPORT_NAME",
@@ -45,7 +49,7 @@ DEFAULT_SHARD_BYTES = 5_000_000_000
 class Export:
     """A Hugging Face directory that `convert` wrote, and what its `export.json` says."""
 
-    path: Path
+    path: Place
     source: Mapping[str, Any]
     files: Mapping[str, Mapping[str, Any]]
     rules: tuple[str, ...]
@@ -89,7 +93,7 @@ def convert_checkpoint(
 
 
 def convert(
-    directory: Path,
+    directory: Place,
     target: Path,
     *,
     assets: Assets,
@@ -117,7 +121,7 @@ def convert(
         ExportExistsError (a FileExistsError): `target` exists.
         CheckpointError: the checkpoint is damaged, hostile, or does not fit the config; nothing is left at `target`.
     """
-    directory, target = directory.absolute(), target.absolute()
+    directory, target = directory.absolute(), local_path(target)
     check_target(directory, target, overwrite=overwrite)
     plan = plan_export(directory, assets, dtype=dtype, max_shard_bytes=max_shard_bytes)
     said = source or {"digest": digest_bytes((directory / METADATA_NAME).read_bytes())}
@@ -130,7 +134,7 @@ def convert(
 
 
 def plan_export(
-    directory: Path, assets: Assets, *, dtype: str | None = None, max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    directory: Place, assets: Assets, *, dtype: str | None = None, max_shard_bytes: int = DEFAULT_SHARD_BYTES
 ) -> Plan:
     """Return what `convert` would write; reads metadata alone.
 
@@ -142,7 +146,7 @@ def plan_export(
     return make_plan(index, architecture, dtype=dtype, max_shard_bytes=max_shard_bytes, where=str(directory))
 
 
-def read_export(path: Path) -> Export:
+def read_export(path: Place) -> Export:
     """Read what `export.json` says, and check that the files are there in the sizes that it says.
 
     Raises:
@@ -171,22 +175,22 @@ def read_export(path: Path) -> Export:
     return export
 
 
-def sha256_of(path: Path) -> str:
+def sha256_of(path: Place) -> str:
     """Return the sha256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return record_file(path, "sha256").digest.removeprefix("sha256:")
 
 
-def check_target(directory: Path, target: Path, *, overwrite: bool) -> None:
+def check_target(directory: Place, target: Path, *, overwrite: bool) -> None:
     """Check that an export of what is in `directory` may be written to `target`.
 
     Raises:
         ExportExistsError (a FileExistsError): it exists.
         ArgumentError: it lies in the source, around it, or in a committed step.
     """
-    directory, target = directory.resolve(), target.parent.resolve() / target.name
+    target = target.parent.resolve() / target.name
     check_free(target, overwrite=overwrite)
-    if target.is_relative_to(directory) or directory.is_relative_to(target):
+    directory = directory.resolve()
+    if isinstance(directory, Path) and (target.is_relative_to(directory) or directory.is_relative_to(target)):
         raise ArgumentError(f"{target}: one of source and target lies in the other; give a directory apart.")
     for parent in target.parents:
         if (parent / MANIFEST_NAME).is_file():
@@ -208,7 +212,7 @@ def check_free(target: Path, *, overwrite: bool) -> None:
 def _fill(
     staging: Path,
     plan: Plan,
-    directory: Path,
+    directory: Place,
     assets: Assets,
     dtype: str | None,
     source: Mapping[str, Any],

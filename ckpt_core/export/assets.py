@@ -12,10 +12,13 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from ckpt_core import durable
 from ckpt_core.errors import DamagedError, MismatchError, NotACheckpointError, UntrustedError
+
+if TYPE_CHECKING:
+    from ckpt_core.urls import Place
 
 CONFIG_NAME = "config.json"
 EXPORT_NAME = "export.json"
@@ -30,7 +33,7 @@ class Assets:
     files: Mapping[str, bytes]
 
 
-def read_assets(directory: Path, *, trust_remote_code: bool = False) -> Assets:
+def read_assets(directory: Place, *, trust_remote_code: bool = False) -> Assets:
     """Read the assets in `directory`: of a checkpoint, or of any Hugging Face directory.
 
     Raises:
@@ -106,7 +109,7 @@ def architecture_name(module: Any) -> str:
     return type(module).__name__.removeprefix("FSDP")
 
 
-def _parse_config(path: Path) -> dict[str, Any]:
+def _parse_config(path: Place) -> dict[str, Any]:
     try:
         config = json.loads(path.read_bytes())
     except ValueError as error:

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ckpt_core.format import dtypes
 from ckpt_core.format.index import Chunk, TensorEntry
-from ckpt_core.format.payload import Payload, read_into
-from ckpt_core.io.chunks import locate_chunk, open_shard, read_box
+from ckpt_core.format.payload import Payload
+from ckpt_core.format.source import Source, open_source, read_into
+from ckpt_core.io.chunks import locate_chunk, read_box
+
+if TYPE_CHECKING:
+    from ckpt_core.urls import Place
 
 BLOCK_BYTES = 8 << 20
 
@@ -23,9 +26,9 @@ BLOCK_BYTES = 8 << 20
 class ShardFiles:
     """The open `.distcp` files of one DCP directory, for reading tensors in blocks."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Place) -> None:
         self._directory = directory
-        self._files: dict[str, BinaryIO] = {}
+        self._files: dict[str, Source] = {}
 
     def __enter__(self) -> ShardFiles:
         return self
@@ -83,10 +86,10 @@ class ShardFiles:
         if rows is not box:
             box.copy_(rows)
 
-    def _file(self, chunk: Chunk) -> BinaryIO:
+    def _file(self, chunk: Chunk) -> Source:
         name = chunk.span.file
         if name not in self._files:
-            self._files[name] = open_shard(self._directory / name)
+            self._files[name] = open_source(self._directory / name)
         return self._files[name]
 
     def _where(self, name: str, chunk: Chunk) -> str:

@@ -11,7 +11,7 @@ import os
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,12 +21,15 @@ from ckpt_core.export.plan import Output, Plan, Tie
 from ckpt_core.export.tensors import ShardFiles
 from ckpt_core.format import dtypes
 
+if TYPE_CHECKING:
+    from ckpt_core.urls import Place
+
 INDEX_NAME = "model.safetensors.index.json"
 Records = dict[str, dict[str, Any]]
 
 
 def write_weights(
-    plan: Plan, source: Path, target: Path, *, allow_nonfinite: bool, progress: Callable[[int], None]
+    plan: Plan, source: Place, target: Path, *, allow_nonfinite: bool, progress: Callable[[int], None]
 ) -> Records:
     """Write every shard of a plan, and the index where there are several.
 
@@ -112,7 +115,7 @@ def _check_finite(block: torch.Tensor, output: Output) -> None:
         )
 
 
-def _check_equal(files: ShardFiles, tie: Tie, where: Path) -> None:
+def _check_equal(files: ShardFiles, tie: Tie, where: Place) -> None:
     """Compare two stored tensors, bit for bit."""
     kept = tie.kept.entry
     same = (kept.dtype, kept.shape) == (tie.entry.dtype, tie.entry.shape) and all(

@@ -13,12 +13,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from ckpt_core.durable import file_size
 from ckpt_core.errors import CkptError, DamagedError, NotACheckpointError
 from ckpt_core.format import dtypes, stock
 from ckpt_core.format.cover import Shape, gap_or_overlap
+
+if TYPE_CHECKING:
+    from ckpt_core.urls import Place
 
 METADATA_NAME = ".metadata"
 TWIN_NAME = ".metadata.json"
@@ -82,7 +85,7 @@ class Index:
         return [c.span for entry in self.tensors.values() for c in entry.chunks] + list(self.values.values())
 
 
-def read_index(directory: str | Path) -> Index:
+def read_index(directory: str | Place) -> Index:
     """Read what the DCP directory `directory` holds, from its JSON twin or its pickle, and check it.
 
     Raises:
@@ -90,7 +93,7 @@ def read_index(directory: str | Path) -> Index:
         UntrustedError: the pickle asks for something that would run code.
         DamagedError: the metadata is not readable or contradicts itself.
     """
-    directory = Path(directory)
+    directory = Path(directory) if isinstance(directory, str) else directory
     pickled, twin = directory / METADATA_NAME, directory / TWIN_NAME
     if not pickled.exists():
         raise NotACheckpointError(
@@ -107,7 +110,7 @@ def read_index(directory: str | Path) -> Index:
         raise DamagedError(f"{path}: {said[:500]}; restore a copy of the checkpoint.") from None
 
 
-def check_files(directory: Path, index: Index) -> None:
+def check_files(directory: Place, index: Index) -> None:
     """Check that every file is there and as long as the metadata says, before memory is taken for what they hold.
 
     Raises:
@@ -143,7 +146,7 @@ def twin_bytes(index: Index) -> bytes:
     return (json.dumps(document, separators=(",", ":")) + "\n").encode()
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Place) -> bytes:
     size = file_size(path)
     if size is None:
         raise ValueError("not a regular file")

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, cast
-
-from blake3 import blake3
+from typing import TYPE_CHECKING, Any, cast
 
 from ckpt_core.errors import DamagedError
+from ckpt_core.format.digests import ALGORITHM, CACHED_BYTES, digest_bytes, hasher
+from ckpt_core.format.source import open_source
+
+if TYPE_CHECKING:
+    from ckpt_core.urls import Place
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
-_BLOCK = 4 << 20
-_MAX_BYTES = 1 << 30
+MAX_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,10 @@ class Manifest:
     metrics: Mapping[str, Any] = field(default_factory=dict[str, Any])
     lineage: Mapping[str, Any] = field(default_factory=dict[str, Any])
     files: Mapping[str, FileRecord] = field(default_factory=dict[str, FileRecord])
-    """Every file but the manifest itself, by its path inside the step's directory."""
+    """Every file but the manifest itself, by its path below `directory`."""
+
+    directory: str = ""
+    """The directory of the step that the files lie below; empty if that is the step's own."""
 
     def __post_init__(self) -> None:
         json.dumps([self.hyperparameters, self.metrics, self.lineage])  # a TypeError here, not half way
@@ -70,10 +74,13 @@ class Manifest:
         return (json.dumps(document, indent=1) + "\n").encode()
 
     def _document(self) -> dict[str, Any]:
-        return {"format_version": FORMAT_VERSION, **asdict(self)}
+        document = {"format_version": FORMAT_VERSION, **asdict(self)}
+        if not self.directory:
+            del document["directory"]
+        return document
 
 
-def read_manifest(directory: Path) -> Manifest:
+def read_manifest(directory: Place) -> Manifest:
     """Read and check the manifest of the step in `directory`.
 
     Raises:
@@ -82,10 +89,19 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST_NAME
     size = path.stat().st_size
-    if not path.is_file() or size > _MAX_BYTES:
-        raise DamagedError(f"{path}: not a regular file of at most {_MAX_BYTES} bytes; restore a copy.")
+    if not path.is_file() or size > MAX_BYTES:
+        raise DamagedError(f"{path}: not a regular file of at most {MAX_BYTES} bytes; restore a copy.")
+    return parse_manifest(path.read_bytes(), path)
+
+
+def parse_manifest(data: bytes, path: Place) -> Manifest:
+    """Read and check the text of a manifest that lies at `path`.
+
+    Raises:
+        DamagedError: it is not a manifest, or its own digest does not match.
+    """
     try:
-        document = cast("dict[str, Any]", json.loads(path.read_bytes()))
+        document = cast("dict[str, Any]", json.loads(data))
         version, stored = document.pop("format_version"), document.pop("digest")
         _check_version(version, path)
         files = {str(name): FileRecord(**record) for name, record in document.pop("files").items()}
@@ -105,7 +121,7 @@ def read_manifest(directory: Path) -> Manifest:
     return manifest
 
 
-def _check_version(version: Any, path: Path) -> None:
+def _check_version(version: Any, path: Place) -> None:
     if version != FORMAT_VERSION:
         raise DamagedError(
             f"{path}: format_version {str(version)[:40]}, this library reads {FORMAT_VERSION}; update ckptflow."
@@ -121,26 +137,38 @@ def _check(manifest: Manifest) -> None:
         "hyperparameters": dict,
         "metrics": dict,
         "lineage": dict,
+        "directory": str,
     }
     for name, kind in expected.items():
         if not isinstance(getattr(manifest, name), kind):
             raise TypeError(f"{name} is a {type(getattr(manifest, name)).__name__}")
+    if manifest.directory and not _is_inside(manifest.directory):
+        raise ValueError(f"the directory {manifest.directory[:200]!r}: none of a step")
     for name, record in manifest.files.items():
-        inside = name and "\0" not in name and not {"", ".", ".."} & set(name.split("/"))
-        if not (inside and type(record.bytes) is int and record.bytes >= 0 and type(record.digest) is str):
+        if not (_is_inside(name) and type(record.bytes) is int and record.bytes >= 0 and type(record.digest) is str):
             raise ValueError(f"the file {name[:200]!r}: no file of a step")
 
 
-def digest_bytes(data: bytes) -> str:
-    """Return the digest of `data` as `algorithm:hex`."""
-    return f"blake3:{blake3(data).hexdigest()}"
+def _is_inside(name: str) -> bool:
+    """Whether a name leads below the directory that it is joined to; with `:/` it may be taken for a URL."""
+    return bool(name) and "\0" not in name and ":/" not in name and not {"", ".", ".."} & set(name.split("/"))
 
 
-def record_file(path: Path) -> FileRecord:
-    """Read the file at `path` once; return its size and digest."""
-    hasher, size = blake3(), 0
-    with path.open("rb", buffering=0) as file:
-        while block := file.read(_BLOCK):
-            hasher.update(block)
-            size += len(block)
-    return FileRecord(size, f"blake3:{hasher.hexdigest()}")
+def record_file(place: Place, algorithm: str = ALGORITHM) -> FileRecord:
+    """Read a file once; return its size and digest.
+
+    Raises:
+        DamagedError: there is no file.
+    """
+    made, size = hasher(algorithm), 0
+    buffer = memoryview(bytearray(CACHED_BYTES))
+    with open_source(place) as source:
+        while count := source.read_at(size, buffer):
+            made.update(buffer[:count])
+            size += count
+    return FileRecord(size, f"{algorithm}:{made.hexdigest()}")
+
+
+def record_bytes(data: bytes) -> FileRecord:
+    """Return the size and digest of a file that holds `data`."""
+    return FileRecord(len(data), digest_bytes(data, ALGORITHM))

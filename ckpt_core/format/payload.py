@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import BinaryIO, cast
+from typing import cast
 
 from ckpt_core.errors import DamagedError
 from ckpt_core.format import dtypes, pickles
 from ckpt_core.format.index import Shape, Span
-from ckpt_core.format.zips import content, data_offset, members, read_into
-
-__all__ = ["Payload", "locate", "read_into"]
+from ckpt_core.format.source import Source
+from ckpt_core.format.zips import content, data_offset, members
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +42,7 @@ class Payload:
         )
 
 
-def locate(file: BinaryIO, span: Span, where: str) -> Payload:
+def locate(file: Source, span: Span, where: str) -> Payload:
     """Find the elements of the tensor stored in `span` of the open `file`.
 
     Raises:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import struct
 import zlib
 from dataclasses import dataclass
-from typing import BinaryIO
 
 from ckpt_core.errors import DamagedError
 from ckpt_core.format.index import Span
+from ckpt_core.format.source import Source, read_into
 
 MAX_HEADER_BYTES = 1 << 20
 _END = struct.Struct("<4s4H2IH")
@@ -33,7 +32,7 @@ class Member:
     crc32: int
 
 
-def read_all(file: BinaryIO, span: Span, where: str) -> dict[str, bytes]:
+def read_all(file: Source, span: Span, where: str) -> dict[str, bytes]:
     """Return all that the zip in `span` holds, by name, checked.
 
     Raises:
@@ -42,7 +41,7 @@ def read_all(file: BinaryIO, span: Span, where: str) -> dict[str, bytes]:
     return {m.name: content(file, span, m, where, span.length) for m in members(file, span, where)}
 
 
-def members(file: BinaryIO, span: Span, where: str) -> list[Member]:
+def members(file: Source, span: Span, where: str) -> list[Member]:
     """Read the directory of the zip that fills `span` of the open `file`.
 
     Raises:
@@ -74,7 +73,7 @@ def members(file: BinaryIO, span: Span, where: str) -> list[Member]:
     return found
 
 
-def _directory(file: BinaryIO, span: Span, where: str) -> tuple[bytes, int]:
+def _directory(file: Source, span: Span, where: str) -> tuple[bytes, int]:
     """Return the zip's central directory and the number of its entries."""
     tail_length = min(span.length, _END.size + _END64_LOCATOR.size + _END64.size)
     tail = _read(file, span.offset + span.length - tail_length, tail_length, where)
@@ -111,7 +110,7 @@ def _zip64(extra: bytes, size: int, packed: int, local: int) -> tuple[int, int, 
     return size, packed, local
 
 
-def data_offset(file: BinaryIO, span: Span, member: Member, where: str) -> int:
+def data_offset(file: Source, span: Span, member: Member, where: str) -> int:
     """Return where in the file a member's bytes begin.
 
     Raises:
@@ -126,7 +125,7 @@ def data_offset(file: BinaryIO, span: Span, member: Member, where: str) -> int:
     raise DamagedError(f"{where}: {member.name} in the zip at {span.offset} is damaged; restore a copy of the file.")
 
 
-def content(file: BinaryIO, span: Span, member: Member, where: str, limit: int = MAX_HEADER_BYTES) -> bytes:
+def content(file: Source, span: Span, member: Member, where: str, limit: int = MAX_HEADER_BYTES) -> bytes:
     """Return a small member's bytes, whose CRC32 is checked where the writer stored one.
 
     Raises:
@@ -144,24 +143,7 @@ def content(file: BinaryIO, span: Span, member: Member, where: str, limit: int =
     return content
 
 
-def read_into(file: BinaryIO, offset: int, buffer: memoryview, where: str) -> None:
-    """Fill `buffer` from `offset` of the open `file`; large reads come in parts.
-
-    Raises:
-        DamagedError: the file ends before the buffer is full.
-    """
-    done = 0
-    while done < len(buffer):
-        count = os.preadv(file.fileno(), [buffer[done:]], offset + done)
-        if count == 0:
-            raise DamagedError(
-                f"{where}: ends before byte {offset + len(buffer)}, where the metadata says that data lies; the file "
-                "is cut short: restore a copy of it."
-            )
-        done += count
-
-
-def _read(file: BinaryIO, offset: int, length: int, where: str) -> bytes:
+def _read(file: Source, offset: int, length: int, where: str) -> bytes:
     data = bytearray(length)
     read_into(file, offset, memoryview(data), where)
     return bytes(data)

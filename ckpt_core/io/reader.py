@@ -8,8 +8,10 @@ from __future__ import annotations
 import io
 import os
 import pickle
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -18,26 +20,32 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from ckpt_core.errors import DamagedError, MismatchError, UntrustedError
+from ckpt_core.errors import ArgumentError, DamagedError, MismatchError, UntrustedError
 from ckpt_core.format import pickles
 from ckpt_core.format.index import Chunk, Index, Shape, Span, check_files, read_index
-from ckpt_core.format.zips import read_all, read_into
-from ckpt_core.io.chunks import locate_chunk, open_shard, read_box
+from ckpt_core.format.source import Source, open_source, read_into
+from ckpt_core.format.zips import read_all
+from ckpt_core.io.chunks import locate_chunk, read_box
 from ckpt_core.io.metadata import to_metadata
+from ckpt_core.io.workers import in_parallel
+from ckpt_core.urls import place_of
+
+if TYPE_CHECKING:
+    from ckpt_core.urls import Place
 
 
 class SafeReader(StorageReader):
     """Reads a DCP directory for `dcp.load`; with any planner, nothing that it holds is run."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Place) -> None:
         super().__init__()
-        self.path = Path(path)
+        self.path = place_of(path)
         self.index: Index | None = None
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin a load."""
         if checkpoint_id:
-            self.path = Path(checkpoint_id)
+            self.path = place_of(os.fspath(checkpoint_id))
         self.index = None
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
@@ -58,49 +66,69 @@ class SafeReader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read each item of the plan into its tensor, file by file in order of position."""
+        """Read each item of the plan into its tensor: several ranges of bytes at once, each file in its order."""
         assert self.index is not None
         chunks = _chunks(self.index)
-        located = sorted(
+        pairs = sorted(
             ((chunks[item.storage_index.fqn, _offsets(item)], item) for item in plan.items),
             key=lambda pair: (pair[0].span.file, pair[0].span.offset),
         )
-        files: dict[str, BinaryIO] = {}
-        try:
-            for chunk, item in located:
-                name = chunk.span.file
-                if name not in files:
-                    files[name] = open_shard(self.path / name)
-                self._read_item(files[name], chunk, item, planner)
-        finally:
-            for file in files.values():
-                file.close()
+        with ExitStack() as opened:
+            names = sorted({chunk.span.file for chunk, _ in pairs})
+            files = {name: opened.enter_context(open_source(self.path / name)) for name in names}
+            reads: list[_Read] = []
+            for chunk, item in pairs:
+                if item.type == LoadItemType.BYTE_IO:
+                    self._load_value(files[chunk.span.file], chunk, item, planner)
+                else:
+                    reads.append(_Read(files[chunk.span.file], chunk, item, planner.resolve_tensor(item).detach()))
+            in_parallel(
+                self._read, reads, [read.target.nbytes for read in reads], remote=not isinstance(self.path, Path)
+            )
+            for read in reads:
+                planner.commit_tensor(read.item, read.target)
         future: Future[None] = Future()
         future.set_result(None)
         return future
 
-    def _read_item(self, file: BinaryIO, chunk: Chunk, item: ReadItem, planner: LoadPlanner) -> None:
+    def _load_value(self, file: Source, chunk: Chunk, item: ReadItem, planner: LoadPlanner) -> None:
+        where = self._where(chunk, item)
+        planner.load_bytes(item, _harmless(load_value(file, chunk.span, where), where))
+
+    def _read(self, read: _Read) -> None:
         assert self.index is not None
-        name = item.storage_index.fqn
-        where = f"{self.path / chunk.span.file}: {name}"
-        if item.type == LoadItemType.BYTE_IO:
-            planner.load_bytes(item, _harmless(load_value(file, chunk.span, where), where))
-            return
-        target = planner.resolve_tensor(item).detach()
-        payload = locate_chunk(file, chunk.span, self.index.tensors[name].dtype, chunk.sizes, where)
-        read_box(file, payload, target, tuple(item.storage_offsets), where)
-        planner.commit_tensor(item, target)
+        chunk, where = read.chunk, self._where(read.chunk, read.item)
+        entry = self.index.tensors[read.item.storage_index.fqn]
+        payload = locate_chunk(read.file, chunk.span, entry.dtype, chunk.sizes, where)
+        read_box(read.file, payload, read.target, tuple(read.item.storage_offsets), where)
+
+    def _where(self, chunk: Chunk, item: ReadItem) -> str:
+        return f"{self.path / chunk.span.file}: {item.storage_index.fqn}"
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Whether this looks like a local path."""
-        return "://" not in str(checkpoint_id)
+        """Whether it is a path or URL that can be reached."""
+        try:
+            place_of(os.fspath(checkpoint_id))
+        except ArgumentError:
+            return False
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """One range of a tensor that is to be read."""
+
+    file: Source
+    chunk: Chunk
+    item: ReadItem
+    target: torch.Tensor
 
 
 class SafeLoadPlanner(DefaultLoadPlanner):
     """DCP's planner, with names, kinds and shapes compared before anything is read."""
 
-    def __init__(self, where: str | Path, *, allow_partial_load: bool = False) -> None:
+    def __init__(self, where: str | Place, *, allow_partial_load: bool = False) -> None:
         super().__init__(allow_partial_load=allow_partial_load)
         self._where = where
 
@@ -134,7 +162,7 @@ class SafeLoadPlanner(DefaultLoadPlanner):
             )
 
 
-def load_value(file: BinaryIO, span: Span, where: str) -> Any:
+def load_value(file: Source, span: Span, where: str) -> Any:
     """Read a value that `torch.save` wrote: numbers, text, lists, dicts and tensors; anything else is refused.
 
     Raises:

@@ -9,10 +9,9 @@ import io
 import os
 import pickle
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
-from blake3 import blake3
 from torch.distributed.checkpoint.filesystem import _StorageInfo  # pyright: ignore[reportPrivateUsage] - the format
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
@@ -20,12 +19,17 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from ckpt_core import durable
-from ckpt_core.errors import CommitError
+from ckpt_core.errors import ArgumentError, CommitError
+from ckpt_core.format.digests import ALGORITHM, CACHED_BYTES, crc32, hasher
 from ckpt_core.format.index import METADATA_NAME, TWIN_NAME, Shape, twin_bytes
-from ckpt_core.format.manifest import FileRecord, digest_bytes
+from ckpt_core.format.manifest import FileRecord, record_bytes
+from ckpt_core.io.archive import Archive
+from ckpt_core.io.chunks import raw_bytes
 from ckpt_core.io.metadata import to_index
+from ckpt_core.urls import place_of
 
-_BUFFER = 8 << 20
+if TYPE_CHECKING:
+    from ckpt_core.urls import Place
 
 
 class DigestWriter(StorageWriter):
@@ -34,20 +38,20 @@ class DigestWriter(StorageWriter):
     Never overwrites, flushes to the device, and refuses to finish unless every planned chunk was stored once.
 
     Args:
-        path: an empty or missing directory, on a file system that all ranks share.
+        path: an empty or missing directory, or a URL's prefix, that all ranks share.
         twin: also write the metadata as JSON, so that readers of ours need no pickle.
     """
 
-    def __init__(self, path: str | Path, *, twin: bool = False) -> None:
+    def __init__(self, path: str | Place, *, twin: bool = False) -> None:
         super().__init__()
-        self.path = Path(path)
+        self.path = place_of(path)
         self.records: dict[str, FileRecord] = {}
         self._twin = twin
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin a save."""
         if checkpoint_id:
-            self.path = Path(checkpoint_id)
+            self.path = place_of(os.fspath(checkpoint_id))
         self.records = {}
 
     def set_up_storage_writer(self, is_coordinator: bool, *_: Any, **__: Any) -> None:
@@ -55,7 +59,8 @@ class DigestWriter(StorageWriter):
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Make the directory; leave the plan as it is."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        if isinstance(self.path, Path):
+            self.path.mkdir(parents=True, exist_ok=True)
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
@@ -87,7 +92,7 @@ class DigestWriter(StorageWriter):
 
     def _write(self, name: str, data: bytes) -> None:
         durable.write_new(self.path / name, data)
-        self.records[name] = FileRecord(len(data), digest_bytes(data))
+        self.records[name] = record_bytes(data)
 
     def storage_meta(self) -> StorageMeta:
         """Say nothing about where the checkpoint was made."""
@@ -95,8 +100,12 @@ class DigestWriter(StorageWriter):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Whether this looks like a local path."""
-        return "://" not in str(checkpoint_id)
+        """Whether it is a path or URL that can be reached."""
+        try:
+            place_of(os.fspath(checkpoint_id))
+        except ArgumentError:
+            return False
+        return True
 
 
 def _tensors_last(items: list[WriteItem]) -> list[WriteItem]:
@@ -104,25 +113,29 @@ def _tensors_last(items: list[WriteItem]) -> list[WriteItem]:
 
 
 def _write_item(file: _DigestFile, name: str, item: WriteItem, planner: SavePlanner) -> WriteResult:
-    offset = file.size
     data = planner.resolve_data(item)
+    offset = file.size
     if isinstance(data, io.BytesIO):
         file.write(data.getbuffer())
     else:
-        try:
-            torch.save(_compact(data), cast("IO[bytes]", file))
-        except RuntimeError:
-            if file.error is not None:  # torch tells of a full disk as "unexpected pos"
-                raise file.error from None
-            raise
+        offset = _write_tensor(file, _compact(data))
     length = file.size - offset
     return WriteResult(index=item.index, size_in_bytes=length, storage_data=_StorageInfo(name, offset, length))
 
 
+def _write_tensor(file: _DigestFile, tensor: torch.Tensor) -> int:
+    """Append a tensor as `torch.save` writes it; return where it begins."""
+    archive = Archive(tensor)
+    file.write(memoryview(bytes(-file.size % archive.page)))
+    offset = file.size
+    file.write(memoryview(archive.head))
+    file.write(memoryview(archive.tail(file.write(raw_bytes(tensor)))))
+    return offset
+
+
 def _compact(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the tensor on the CPU, row-major, with no storage around it: `torch.save` writes whole storages."""
-    tensor = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+    """Return the tensor on the CPU and row-major."""
+    return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
 
 
 def _check_complete(metadata: Metadata, stored: list[WriteResult]) -> None:
@@ -141,39 +154,32 @@ def _check_complete(metadata: Metadata, stored: list[WriteResult]) -> None:
         )
 
 
-class _DigestFile(io.RawIOBase):
-    """A new file that counts and digests what is appended to it."""
+class _DigestFile:
+    """A new file that counts and digests what is appended to it. Use it in a `with` statement."""
 
-    def __init__(self, path: Path) -> None:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
-        self._file = os.fdopen(handle, "wb", buffering=_BUFFER)
-        self._hasher = blake3()
+    def __init__(self, place: Place) -> None:
+        self._sink = durable.create(place)
+        self._hasher = hasher()
         self.size = 0
-        self.error: OSError | None = None
-        """What the system said to the write that failed."""
 
-    def writable(self) -> bool:
-        return True
+    def __enter__(self) -> _DigestFile:
+        return self
 
-    def write(self, data: Any, /) -> int:
-        try:
-            self._file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-        self._hasher.update(data)
-        size = memoryview(data).nbytes
-        self.size += size
-        return size
+    def __exit__(self, *_: object) -> None:
+        self._sink.close()
+
+    def write(self, data: memoryview) -> int:
+        """Append bytes, and return their CRC32; each block is digested while it is in the core's cache."""
+        found = 0
+        for start in range(0, len(data), CACHED_BYTES):
+            block = data[start : start + CACHED_BYTES]
+            self._hasher.update(block)
+            found = crc32(block, found)
+            self._sink.write(block)
+        self.size += len(data)
+        return found
 
     def seal(self) -> FileRecord:
         """Flush to the device, close, and return the size and digest."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self.close()
-        return FileRecord(self.size, f"blake3:{self._hasher.hexdigest()}")
-
-    def close(self) -> None:
-        if not self.closed:
-            super().close()
-            self._file.close()
+        self._sink.seal()
+        return FileRecord(self.size, f"{ALGORITHM}:{self._hasher.hexdigest()}")

@@ -135,7 +135,7 @@ class TestBytes:
         assert export.architecture == "LlamaForCausalLM"
         record = read_json(export.path / "export.json")
         assert sorted(record["libraries"]) == ["ckptflow", "safetensors", "torch", "transformers"]
-        assert record["source"]["digest"].startswith("blake3:")
+        assert record["source"]["digest"].startswith("sha256:")
         assert export == read_export(export.path)
         (export.path / "config.json").write_text("{}")
         with pytest.raises(errors.DamagedError, match=r"config\.json"):

@@ -12,9 +12,10 @@ from hostile_files import Evil, cheap
 
 from ckpt_core.errors import CheckpointError, DamagedError, UntrustedError
 from ckpt_core.format.index import Span, read_index
-from ckpt_core.format.payload import locate, read_into
+from ckpt_core.format.payload import locate
+from ckpt_core.format.source import open_source, read_into
 from ckpt_core.io import load_value
-from ckpt_core.io.chunks import locate_chunk, open_shard, read_box
+from ckpt_core.io.chunks import locate_chunk, read_box
 
 BASE = torch.arange(24.0).reshape(4, 6)
 
@@ -76,7 +77,7 @@ def shard(tmp_path):
         with path.open("wb") as file:
             file.seek(offset)
             file.write(data)
-        files.append(open_shard(path))
+        files.append(open_source(path))
         return files[-1], Span(path.name, offset, len(data))
 
     yield put
@@ -272,7 +273,7 @@ class TestRefused:
     def test_the_file_is_missing(self, tmp_path):
         """A shard that is not there is damage, not a bare OSError."""
         with pytest.raises(DamagedError, match="missing"):
-            open_shard(tmp_path / "none")
+            open_source(tmp_path / "none")
 
 
 def _pickle_of(data):
@@ -315,7 +316,7 @@ def test_no_flipped_byte_is_silent(small, tmp_path, capsys):
     path.write_bytes(good)
     counts = {"error": 0, "equal": 0, "silent": 0}
     draw = random.Random(0)
-    with path.open("r+b", buffering=0) as writer, open_shard(path) as file:
+    with path.open("r+b", buffering=0) as writer, open_source(path) as file:
         for name, span in spans.items():
             expected = _read_item(file, index, name)
             for position in range(span.offset, span.offset + span.length):

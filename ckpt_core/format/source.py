@@ -1,0 +1,137 @@
+"""A file to read ranges of, by several threads at once: on a local file system, or by requests for bytes elsewhere."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Protocol
+
+from ckpt_core.durable import file_size, file_system
+from ckpt_core.errors import DamagedError
+
+if TYPE_CHECKING:
+    from upath import UPath
+
+    from ckpt_core.urls import Place
+
+_WINDOW = 32 << 10
+_WINDOWS = 64
+
+
+class Source(Protocol):
+    """An open file. Use it in a `with` statement, or close it."""
+
+    gap_bytes: int
+    """Reading so many bytes that nobody asked for costs less than reading once more."""
+
+    def read_at(self, offset: int, buffer: memoryview) -> int:
+        """Read bytes from `offset` on into `buffer`; return how many, 0 at the end of the file."""
+        ...
+
+    def close(self) -> None:
+        """End reading."""
+        ...
+
+    def __enter__(self) -> Source: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def open_source(place: Place) -> Source:
+    """Open a file for reading.
+
+    Raises:
+        DamagedError: it is not there, or not a regular file.
+    """
+    size = file_size(place)
+    if size is None:
+        raise DamagedError(f"{place}: missing, or not a regular file; restore a copy of the checkpoint.")
+    return LocalSource(place) if isinstance(place, Path) else RemoteSource(place, size)
+
+
+def read_into(source: Source, offset: int, buffer: memoryview, where: str) -> None:
+    """Fill `buffer` from `offset` of an open file; large reads come in parts.
+
+    Raises:
+        DamagedError: the file ends before the buffer is full.
+    """
+    done = 0
+    while done < len(buffer):
+        count = source.read_at(offset + done, buffer[done:])
+        if count == 0:
+            raise DamagedError(
+                f"{where}: ends before byte {offset + len(buffer)}, where the metadata says that data lies; the file "
+                "is cut short: restore a copy of it."
+            )
+        done += count
+
+
+class _Closing:
+    def __enter__(self) -> Source:
+        return self  # pyright: ignore[reportReturnType] - both of its classes are sources
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End reading."""
+
+
+class LocalSource(_Closing):
+    """A file that the system reads."""
+
+    gap_bytes = 0
+
+    def __init__(self, path: Path) -> None:
+        self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def read_at(self, offset: int, buffer: memoryview) -> int:
+        """Read bytes from `offset` on into `buffer`; return how many."""
+        return os.preadv(self._handle, [buffer], offset)
+
+    def close(self) -> None:
+        """End reading."""
+        handle, self._handle = self._handle, -1
+        if handle >= 0:
+            os.close(handle)
+
+
+class RemoteSource(_Closing):
+    """A file of which each read is a request. Headers lie close together, so small reads share a window of bytes."""
+
+    gap_bytes = 256 << 10
+
+    def __init__(self, place: UPath, size: int) -> None:
+        self._fs, self._path, self._size = file_system(place), place.path, size
+        self._windows: OrderedDict[int, bytes] = OrderedDict()
+        self._lock = Lock()
+
+    def read_at(self, offset: int, buffer: memoryview) -> int:
+        """Read bytes from `offset` on into `buffer`; return how many."""
+        start, end = offset, min(offset + len(buffer), self._size)
+        if start >= end:
+            return 0
+        if end - start >= _WINDOW:
+            data = self._fetch(start, end)
+        else:
+            base = start // _WINDOW * _WINDOW
+            data = self._window(base)[start - base : end - base]
+        buffer[: len(data)] = data
+        return len(data)
+
+    def _window(self, base: int) -> bytes:
+        with self._lock:
+            if base in self._windows:
+                self._windows.move_to_end(base)
+                return self._windows[base]
+        data = self._fetch(base, min(base + _WINDOW, self._size))
+        with self._lock:
+            self._windows[base] = data
+            if len(self._windows) > _WINDOWS:
+                self._windows.popitem(last=False)
+        return data
+
+    def _fetch(self, start: int, end: int) -> bytes:
+        return self._fs.cat_file(self._path, start=start, end=end)

@@ -1,0 +1,62 @@
+"""Threads that read: Python waits for none of them while bytes are copied, digested or on their way."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+
+_SHARE_BYTES = 32 << 20
+_REMOTE_WORKERS = 16
+_MOST_WORKERS = 8
+
+
+def count_workers() -> int:
+    """Return how many threads this process should read with: its share of the cores that its machine's ranks have."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(_MOST_WORKERS, len(os.sched_getaffinity(0)) // ranks))
+
+
+def in_parallel(read: Callable[[T], None], items: Sequence[T], sizes: Sequence[int], *, remote: bool = False) -> None:
+    """Call `read` on every item, neighbours in one thread, until one fails: its error is raised.
+
+    Args:
+        read: what to do with an item.
+        items: in the order in which they lie in their files.
+        sizes: of each, in bytes.
+        remote: more threads, as each waits for answers most of its time.
+    """
+    shares = list(_shares(items, sizes))
+    workers = min(len(shares), _REMOTE_WORKERS if remote else count_workers())
+    if workers <= 1:
+        for item in items:
+            read(item)
+        return
+
+    def read_share(share: Sequence[T]) -> None:
+        for item in share:
+            read(item)
+
+    with ThreadPoolExecutor(workers, thread_name_prefix="ckpt-read") as pool:
+        futures = [pool.submit(read_share, share) for share in shares]
+        try:
+            for future in futures:
+                future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _shares(items: Sequence[T], sizes: Sequence[int]) -> Iterator[list[T]]:
+    share: list[T] = []
+    taken = 0
+    for item, size in zip(items, sizes, strict=True):
+        share.append(item)
+        taken += size
+        if taken >= _SHARE_BYTES:
+            yield share
+            share, taken = [], 0
+    if share:
+        yield share
