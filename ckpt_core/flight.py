@@ -83,6 +83,15 @@ class Flight(Generic[T]):
             )
         return True
 
+    def end(self) -> None:
+        """Give up what can still be given up, and see the rest through.
+
+        Raises:
+            CommitError: the step is not committed, or not surely.
+        """
+        if not self.outcome():
+            self.named()
+
     def _run(self, write: Callable[[Callable[[], None]], T]) -> None:
         try:
             self.committed = write(self._permit)
