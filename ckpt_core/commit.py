@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckpt_core import durable, io, ranks, trainer
 from ckpt_core.errors import ArgumentError, CommitError
-from ckpt_core.format.manifest import FileRecord, Manifest, digest_bytes
+from ckpt_core.format.manifest import FileRecord, Manifest, record_bytes
 from ckpt_core.state import MODEL_KEY, OPTIMIZER_KEY, ModelState, OptimizerState, storable
 
 if TYPE_CHECKING:
@@ -190,6 +190,6 @@ def _read(directory: Path | None) -> dict[str, bytes]:
 
 def _write_files(directory: Place, files: Mapping[str, bytes]) -> Files:
     for name, data in files.items():
-        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        durable.make_parents(directory / name)
         durable.write_new(directory / name, data)
-    return {name: FileRecord(len(data), digest_bytes(data)) for name, data in files.items()}
+    return {name: record_bytes(data) for name, data in files.items()}
