@@ -1,52 +1,135 @@
-"""`ckpt inspect` and `ckpt verify`: what is there, and whether it is good."""
+"""`ckpt inspect`, `ckpt verify` and `ckpt diff`: what is there, whether it is good, and how two of it differ."""
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any
 
 from ckpt_core.cli.command import Answer, Commands
 
+if TYPE_CHECKING:
+    from ckpt_core.diff import TensorDiff
+    from ckpt_core.summary import Summary
+
 
 def add_commands(commands: Commands) -> None:
-    """Add the commands that look at one checkpoint."""
-    inspect = commands.add("inspect", _inspect, "show what a checkpoint holds, from its metadata")
-    inspect.add_argument("path")
-    verify = commands.add("verify", _verify, "check a step, any DCP directory, or an export")
-    verify.add_argument("path")
+    """Add the commands that look at checkpoints and exports."""
+    inspect = commands.add("inspect", _inspect, "show what a checkpoint or export holds, from its metadata")
+    inspect.add_argument("path", help="a path or URL: a step, any DCP or Hugging Face directory, a safetensors file")
+    verify = commands.add("verify", _verify, "check a step, any DCP directory, or any Hugging Face directory")
+    verify.add_argument("path", help="a path or URL")
     verify.add_argument("--allow-nonfinite", action="store_true", help="accept NaN and Inf")
+    verify.add_argument("--sample", type=parse_share, metavar="5%", help="read only this share of the chunks")
+    verify.add_argument("--seed", type=int, default=0, metavar="N", help="which share; default: 0")
+    diff = commands.add("diff", _diff, "compare two checkpoints or exports, tensor by tensor; exit 1 if they differ")
+    diff.add_argument("a", metavar="A", help="a path or URL")
+    diff.add_argument("b", metavar="B", help="a path or URL")
+
+
+def parse_share(text: str) -> float:
+    """Return the share that `5%` or `0.05` names."""
+    percent = text.strip().endswith("%")
+    try:
+        share = float(text.strip().removesuffix("%")) / (100 if percent else 1)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a share such as 5% or 0.05")
+    return share
 
 
 def _inspect(options: argparse.Namespace) -> Answer:
-    from ckpt_core.format.index import read_index
-    from ckpt_core.format.manifest import MANIFEST_NAME, read_manifest
-    from ckpt_core.locate import find_dcp
-    from ckpt_core.store import local_path
+    from ckpt_core.summary import summarize
 
-    path = local_path(options.path)
-    directory = find_dcp(path)
-    index = read_index(directory)
-    tensors = {
-        name: {"dtype": e.dtype, "shape": e.shape, "chunks": len(e.chunks), "bytes": e.nbytes}
-        for name, e in index.tensors.items()
-    }
-    facts: dict[str, Any] = {"path": str(directory), "bytes": index.nbytes, "tensors": tensors}
-    facts["values"] = list(index.values)
-    lines = [f"{directory}: {len(tensors)} tensors, {index.nbytes:,} bytes, {len(index.values)} values"]
-    if (path / MANIFEST_NAME).is_file():
-        manifest = read_manifest(path)
-        record = asdict(manifest)
-        facts["manifest"] = {**record, "digest": manifest.digest()}
+    summary = summarize(options.path)
+    return Answer(summary.to_dict(), [*_head(summary), *_files(summary), *_tensors(summary)])
+
+
+def _head(summary: Summary) -> list[str]:
+    values = f", {len(summary.values)} values" if summary.values else ""
+    lines = [f"{summary.kind} {summary.path}: {len(summary.tensors)} tensors, {summary.nbytes:,} bytes{values}"]
+    if summary.manifest is not None:
+        manifest = summary.manifest
         lines.append(f"run {manifest.run}, step {manifest.step}, {manifest.time}, {manifest.world_size} ranks")
         lines.append(f"digest {manifest.digest()}")
-    lines += [f"  {t['dtype']:10} {t['shape']!s:20} {t['chunks']:3} chunks  {name}" for name, t in tensors.items()]
-    return Answer(facts, lines)
+        facts = {**manifest.lineage, **{f"metric {name}": value for name, value in manifest.metrics.items()}}
+        lines += [f"{name}: {value}" for name, value in facts.items()]
+    if summary.export is not None:
+        lines.append(f"{summary.export.architecture}, from {dict(summary.export.source)}")
+        lines += [f"rule: {rule}" for rule in summary.export.rules]
+    return lines
+
+
+def _files(summary: Summary) -> list[str]:
+    dtypes = [f"{name:14} {e['tensors']:>6} tensors {e['bytes']:>18,} bytes" for name, e in summary.dtypes.items()]
+    return [*dtypes, *(f"  {size:>18,} bytes  {name}" for name, size in summary.files.items())]
+
+
+def _tensors(summary: Summary) -> list[str]:
+    return [f"  {t.dtype:10} {t.shape!s:20} {len(t.files):3} chunks  {name}" for name, t in summary.tensors.items()]
 
 
 def _verify(options: argparse.Namespace) -> Answer:
     from ckpt_core.verify import verify
 
-    report = verify(options.path, allow_nonfinite=options.allow_nonfinite)
-    lines = [f"{'ok  ' if check.passed else 'FAIL'} {check.name}: {check.detail}" for check in report.checks]
-    return Answer(report.to_dict(), [f"{report.kind} {report.path}", *lines], report.passed)
+    with _Bar() as bar:
+        report = verify(
+            options.path,
+            allow_nonfinite=options.allow_nonfinite,
+            sample=options.sample,
+            seed=options.seed,
+            progress=bar.show,
+        )
+    lines = [f"{report.kind} {report.path}", *([report.sample] if report.sample else [])]
+    for check in report.checks:
+        lines += [f"ok   {check.name}: {check.detail}"] if check.passed else []
+        lines += [f"FAIL {check.name}: {problem}" for problem in check.problems]
+    return Answer(report.to_dict(), lines, report.passed)
+
+
+class _Bar:
+    """A progress bar on standard error, where that is a terminal."""
+
+    def __enter__(self) -> _Bar:
+        from tqdm import tqdm
+
+        self._bar: Any = tqdm(total=0, unit="B", unit_scale=True, file=sys.stderr, disable=not sys.stderr.isatty())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def show(self, done: int, total: int) -> None:
+        """Show the bytes that were read so far, of those to read."""
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
+
+
+def _diff(options: argparse.Namespace) -> Answer:
+    from ckpt_core.diff import diff
+
+    found = diff(options.a, options.b)
+    lines = [_line(tensor) for tensor in found.tensors if tensor.status not in {"equal", "tied"}]
+    said = ", ".join(f"{count} {status}" for status, count in sorted(found.counts.items()))
+    prefix = f" (names without {found.prefix!r})" if found.prefix else ""
+    return Answer(found.to_dict(), [*lines, f"{'equal' if found.equal else 'different'}: {said}{prefix}"], found.equal)
+
+
+def _line(tensor: TensorDiff) -> str:
+    if tensor.a is None or tensor.b is None:
+        return f"{tensor.status:10}  {tensor.name}"
+    said = ""
+    if tensor.a.shape != tensor.b.shape:
+        said = f"  {tensor.a.shape} and {tensor.b.shape}"
+    elif tensor.a.dtype != tensor.b.dtype:
+        said = f"  {tensor.a.dtype} and {tensor.b.dtype}"
+    if tensor.distance is not None:
+        d = tensor.distance
+        figures = f"largest difference {_figure(d.max_abs)}, relative {_figure(d.relative)}"
+        said += f"  {d.differing:,} of {d.elements:,} elements, {d.nonfinite:,} of them NaN or Inf; {figures}"
+    return f"{tensor.status:10}  {tensor.name}{said}"
+
+
+def _figure(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3g}"

@@ -18,6 +18,7 @@ from small_transformers import config_directory, model_of, tokenizer
 
 from ckpt_core import PyTorchCheckpoint, cli, open_store
 from ckpt_core.cli.exports import parse_size
+from ckpt_core.cli.look import parse_share
 from ckpt_core.native_checkpoint import save_checkpoint
 
 Run = Callable[..., tuple[int, str, str]]
@@ -47,7 +48,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = model_of("llama tied")
     for step in (1, 2, 3):
         PyTorchCheckpoint(module=model, hyperparameters={"a": 1}).save(
-            place / "store", step=step, run="first", assets=words, metrics={"loss": 0.5}
+            place / "store", step=step, run="first", assets=words, metrics={"loss": 0.5}, lineage={"data": "sha256:5"}
         )
     save_checkpoint(model, str(place / "dcp"))
     config_directory(model, place / "config")
@@ -60,19 +61,46 @@ def step_of(place: Path, step: int = 1) -> Path:
 
 
 def test_inspect_shows_what_is_there(ckpt: Run, place: Path) -> None:
-    """It lists each tensor with type, shape and chunks and, of a committed step, who made it."""
+    """It tells who made a committed step, its files, and each tensor with type, shape and chunks, the summary first."""
     status, out, err = ckpt("inspect", step_of(place))
     assert (status, err) == (0, "")
-    assert "run first, step 1" in out
+    lines = out.splitlines()
+    assert lines[0].startswith(f"checkpoint {step_of(place) / 'model'}: ")
+    assert lines[1].startswith("run first, step 1, ")
+    assert {"metric loss: 0.5", "data: sha256:5"} <= set(lines)
+    assert any(line.startswith("float32 ") for line in lines)
+    assert any(line.endswith("  model/__0_0.distcp") for line in lines)
+    assert "(16,)" in lines[-1] + lines[-2]
     assert "model.model.norm.weight" in out
-    assert "(16,)" in out
     status, out, err = ckpt("inspect", step_of(place).as_uri(), "--json")
     facts = json.loads(out)
-    assert facts["path"] == str(step_of(place) / "model")
+    assert (facts["path"], facts["kind"]) == (str(step_of(place) / "model"), "checkpoint")
     assert facts["tensors"]["model.model.norm.weight"] == {"dtype": "float32", "shape": [16], "chunks": 1, "bytes": 64}
+    assert facts["dtypes"]["float32"] == {"tensors": len(facts["tensors"]), "bytes": facts["bytes"]}
+    assert facts["files"]["assets/config.json"] == (step_of(place) / "assets" / "config.json").stat().st_size
     assert (facts["manifest"]["step"], facts["manifest"]["metrics"]) == (1, {"loss": 0.5})
-    assert facts["manifest"]["digest"].startswith("blake3:")
-    assert "manifest" not in json.loads(ckpt("inspect", place / "dcp", "--json")[1])
+    assert facts["manifest"]["lineage"] == {"data": "sha256:5"}
+    assert ":" in facts["manifest"]["digest"]
+
+
+def test_inspect_shows_dcp_directories_and_exports(ckpt: Run, place: Path, tmp_path: Path) -> None:
+    """A DCP directory has no manifest; an export says what it was made of; one safetensors file is enough."""
+    facts = json.loads(ckpt("inspect", place / "dcp", "--json")[1])
+    assert (facts["kind"], "manifest" in facts) == ("dcp", False)
+    assert set(facts["files"]) == {".metadata", "__0_0.distcp"}
+    assert ckpt("convert", step_of(place), tmp_path / "export")[0] == 0
+    facts = json.loads(ckpt("inspect", tmp_path / "export", "--json")[1])
+    assert (facts["kind"], facts["export"]["architecture"]) == ("export", "LlamaForCausalLM")
+    assert facts["export"]["source"]["step"] == 1
+    assert facts["files"]["model.safetensors"] == (tmp_path / "export" / "model.safetensors").stat().st_size
+    status, out, _ = ckpt("inspect", tmp_path / "export")
+    assert status == 0
+    assert "\nrule: tied: lm_head.weight is model.embed_tokens.weight" in out
+    facts = json.loads(ckpt("inspect", tmp_path / "export" / "model.safetensors", "--json")[1])
+    assert (facts["kind"], list(facts["files"])) == ("huggingface", ["model.safetensors"])
+    PyTorchCheckpoint(hyperparameters={"a": 1}).save(tmp_path / "store", step=1)
+    facts = json.loads(ckpt("inspect", tmp_path / "store" / "default" / "step_0000000001", "--json")[1])
+    assert (facts["tensors"], facts["manifest"]["hyperparameters"]) == ({}, {"a": 1})
 
 
 def test_verify_tells_good_from_bad(ckpt: Run, place: Path, tmp_path: Path) -> None:
@@ -102,6 +130,54 @@ def test_verify_tells_good_from_bad(ckpt: Run, place: Path, tmp_path: Path) -> N
     assert ckpt("verify", tmp_path / "nan", "--allow-nonfinite")[0] == 0
 
 
+def test_verify_of_a_sample_says_what_it_left_out(ckpt: Run, place: Path) -> None:
+    """--sample takes a share in percent or as a number; --seed chooses which chunks."""
+    status, out, _ = ckpt("verify", step_of(place), "--sample", "10%", "--seed", "3")
+    assert status == 0
+    assert out.splitlines()[1].startswith("10 % of chunks: ")
+    assert "digests of whole files not checked" in out
+    assert "ok   digests" not in out
+    report = json.loads(ckpt("verify", step_of(place), "--sample", "0.1", "--seed", "3", "--json")[1])
+    assert report["sample"] == out.splitlines()[1]
+
+
+def test_verify_shows_its_progress_on_a_terminal(
+    ckpt: Run, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where standard error is a terminal it shows the bytes read; the answer on standard output stays one object."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    status, out, err = ckpt("verify", step_of(place), "--json")
+    assert (status, json.loads(out)["passed"]) == (0, True)
+    assert "100%" in err
+
+
+def test_diff_tells_how_two_differ(ckpt: Run, place: Path, tmp_path: Path) -> None:
+    """Equal ones exit with 0, others with 1 and a line for each tensor that differs, and what is none with 1."""
+    assert ckpt("convert", step_of(place), tmp_path / "export")[0] == 0
+    status, out, err = ckpt("diff", step_of(place), tmp_path / "export")
+    assert (status, err) == (0, "")
+    assert out.startswith("equal: ")
+    assert out.endswith("(names without 'model.')\n")
+    assert json.loads(ckpt("diff", step_of(place, 1), step_of(place, 2), "--json")[1])["equal"]
+    module = layers()
+    save_checkpoint(module, str(tmp_path / "a"))
+    torch.nn.init.constant_(module[0].bias, 5.0)
+    module[3] = torch.nn.Linear(4, 2).bfloat16()
+    module.append(torch.nn.Linear(1, 1))
+    save_checkpoint(module, str(tmp_path / "b"))
+    status, out, err = ckpt("diff", tmp_path / "a", tmp_path / "b")
+    assert (status, err) == (1, "")
+    lines = {line.split()[-1] if "only" in line else line.split()[1]: line for line in out.splitlines()[:-1]}
+    assert "4 of 4 elements, 0 of them NaN or Inf; largest difference " in lines["model.0.bias"]
+    assert "(1, 4) and (2, 4)" in lines["model.3.weight"]
+    assert lines["model.4.bias"].startswith("only in b ")
+    assert out.splitlines()[-1].startswith("different: ")
+    facts = json.loads(ckpt("diff", tmp_path / "a", tmp_path / "b", "--json")[1])
+    assert (facts["equal"], facts["counts"]["only in b"]) == (False, 2)
+    assert ckpt("diff", tmp_path / "a", tmp_path / "none")[0] == 1
+    assert ckpt("diff", tmp_path / "a")[0] == 2
+
+
 def test_list_and_prune_work_on_a_store(ckpt: Run, tmp_path: Path) -> None:
     """The committed steps are listed by run; prune leaves the newest ones of each run, or of one."""
     store = tmp_path / "store"
@@ -115,11 +191,49 @@ def test_list_and_prune_work_on_a_store(ckpt: Run, tmp_path: Path) -> None:
     facts = json.loads(ckpt("list", store, "--json")[1])
     assert [entry["step"] for entry in facts["runs"]["a"]] == [1, 2, 3]
     assert facts["runs"]["b"][0]["url"] == (store / "b" / "step_0000000001").as_uri()
-    assert json.loads(ckpt("prune", store, "--keep-last", 2, "--run", "a", "--json")[1]) == {"deleted": {"a": [1]}}
-    status, out, _ = ckpt("prune", store, "--keep-last", "1")
+    dry = ("prune", store, "--keep-last", 2, "--run", "a", "--dry-run")
+    assert json.loads(ckpt(*dry, "--json")[1]) == {"would_delete": {"a": [1]}}
+    assert ckpt(*dry)[1] == "a: would delete [1]\n"
+    pruned = json.loads(ckpt("prune", store, "--keep-last", 2, "--run", "a", "--json")[1])
+    assert pruned == {"deleted": {"a": [1]}, "leased": {"a": []}, "errors": []}
+    with open_store(store).list("a")[0].lease():
+        status, out, _ = ckpt("prune", store, "--keep-last", "1")
     assert status == 0
-    assert out == "a: deleted [2]\nb: deleted [1, 2]\n"
+    assert out == "a: deleted nothing\nb: deleted [1, 2]\na: being read, so left: [2]\n"
+    assert ckpt("prune", store, "--keep-last", "1")[1] == "a: deleted [2]\nb: deleted nothing\n"
     assert {run: [c.step for c in open_store(store).list(run)] for run in ("a", "b")} == {"a": [3], "b": [3]}
+
+
+def test_prune_keeps_the_best_and_every_nth_and_the_pinned(ckpt: Run, tmp_path: Path) -> None:
+    """The rules of a policy are options; a pin keeps a step until it is taken away."""
+    store = tmp_path / "store"
+    for step in range(1, 9):
+        PyTorchCheckpoint(hyperparameters={"a": 1}).save(store, step=step, run="a", metrics={"loss": abs(step - 3)})
+    status, out, _ = ckpt("pin", store, "a", "champion", 5)
+    assert (status, out) == (0, "a: champion is step 5\n")
+    assert ckpt("list", store)[1].splitlines()[4].endswith("champion")
+    policy = ("--keep-last", 1, "--keep-best", 1, "--metric", "loss", "--mode", "min", "--keep-every", 6)
+    assert json.loads(ckpt("prune", store, *policy, "--json")[1])["deleted"] == {"a": [1, 2, 4, 7]}
+    assert json.loads(ckpt("list", store, "--json")[1])["pins"] == {"a": {"champion": 5}}
+    assert json.loads(ckpt("unpin", store, "a", "champion", "--json")[1]) == {"pins": {}}
+    assert json.loads(ckpt("prune", store, *policy, "--json")[1])["deleted"] == {"a": [5]}
+    assert ckpt("pin", store, "a", "champion", 5)[0] == 1
+    assert ckpt("unpin", store, "a", "champion")[0] == 2
+    assert ckpt("prune", store, "--keep-last", 1, "--keep-best", 2)[0] == 2
+
+
+def test_repair_sets_damaged_steps_aside(ckpt: Run, tmp_path: Path) -> None:
+    """A step that lacks a file is no longer there afterwards, and what was done is said; then there is no more."""
+    store = tmp_path / "store"
+    for step in (1, 2):
+        PyTorchCheckpoint(module=layers()).save(store, step=step, run="a")
+    (store / "a" / "step_0000000001" / "model" / "__0_0.distcp").unlink()
+    status, out, _ = ckpt("repair", store)
+    assert status == 0
+    assert "step_0000000001" in out
+    assert json.loads(ckpt("repair", store, "--run", "a", "--json")[1]) == {"repaired": {"a": []}}
+    assert ckpt("repair", store)[1] == f"{store.as_uri()}: nothing to repair\n"
+    assert not (store / "a" / "step_0000000001").exists()
 
 
 def test_convert_makes_an_export(ckpt: Run, place: Path, tmp_path: Path) -> None:
@@ -176,7 +290,13 @@ def test_converts_options_do_what_they_say(ckpt: Run, place: Path, tmp_path: Pat
         (["prune", "{}"], 2, "--keep-last"),
         (["prune", "{}", "--keep-last", "0", "--run", "a"], 2, "at least 1"),
         (["prune", "{}", "--keep-last", "1", "--run", "../a"], 2, "run"),
-        (["list", "s3://bucket"], 2, "s3"),
+        (["list", "nothing://bucket"], 2, "nothing"),
+        (["verify", "{}", "--sample", "0"], 2, "share such as 5%"),
+        (["verify", "{}", "--sample", "5 parts"], 2, "share such as 5%"),
+        (["diff", "{}"], 2, "B"),
+        (["diff", "{}/a", "{}/missing"], 1, "missing"),
+        (["prune", "{}", "--keep-last", "1", "--mode", "most"], 2, "invalid choice"),
+        (["pin", "{}", "a", "champion"], 2, "STEP"),
         (["convert", "{}/a", "{}/b", "--max-shard-size", "big"], 2, "size such as 5GB"),
         (["convert", "{}/a", "{}/b", "--max-shard-size", "0"], 2, "size such as 5GB"),
         (["convert", "{}/a", "{}/b", "--dtype", "int8"], 2, "invalid choice"),
@@ -217,11 +337,22 @@ def test_sizes_are_read_as_people_write_them() -> None:
             parse_size(text)
 
 
+def test_shares_are_read_as_people_write_them() -> None:
+    """A share is a percentage or a number above 0 and at most 1."""
+    shares = {"5%": 0.05, " 5 %": 0.05, "0.05": 0.05, "100%": 1.0, "1": 1.0, "0.5%": 0.005}
+    assert {text: parse_share(text) for text in shares} == pytest.approx(shares)
+    for text in ("", "%", "0", "0%", "-5%", "101%", "5", "nan", "inf", "five"):
+        with pytest.raises(argparse.ArgumentTypeError, match="share such as"):
+            parse_share(text)
+
+
 def test_help_names_every_command(ckpt: Run) -> None:
     """`ckpt --help` exits with 0 and tells of each command."""
     status, out, _ = ckpt("--help")
     assert status == 0
-    for command in ("inspect", "verify", "list", "prune", "convert", "publish", "hub"):
+    for command in (
+        "inspect", "verify", "diff", "list", "prune", "repair", "pin", "unpin", "convert", "publish", "hub",
+    ):  # fmt: skip
         assert f"  {command} " in out
 
 

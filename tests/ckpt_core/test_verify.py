@@ -1,25 +1,32 @@
 """`verify` says of any checkpoint or export what was checked, and why what failed did."""
 
+import io
 import json
 import os
+import pickle
 import shutil
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from hostile_files import Evil
+from hostile_files import Evil, rewrite
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.filesystem import _StorageInfo
+from upath import UPath
 
 from ckpt_core import PyTorchCheckpoint, open_checkpoint
-from ckpt_core.errors import NotACheckpointError
+from ckpt_core.errors import ArgumentError, NotACheckpointError
 from ckpt_core.export import EXPORT_NAME, convert_checkpoint, sha256_of
 from ckpt_core.format.index import METADATA_NAME, TWIN_NAME, read_index
 from ckpt_core.format.manifest import MANIFEST_NAME
+from ckpt_core.format.source import LocalSource
 from ckpt_core.verify import verify
+from ckpt_core.verify.report import Findings
+from ckpt_core.verify.scan import Extent, Reading, Scan
 
 
 def llama(**changes):
@@ -60,6 +67,36 @@ def failed(report):
     return {check.name for check in report.checks if not check.passed}
 
 
+def detail(report, name):
+    """What a check says."""
+    [check] = [check for check in report.checks if check.name == name]
+    return check.detail
+
+
+@contextmanager
+def read_bytes():
+    """Yield the list of how many bytes each read of a file gives."""
+    counted = []
+    real = LocalSource.read_at
+
+    def read_at(self, offset, buffer):
+        counted.append(real(self, offset, buffer))
+        return counted[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalSource, "read_at", read_at)
+        yield counted
+
+
+def put(source, place):
+    """Copy the files below a directory to a place elsewhere."""
+    for path in source.rglob("*"):
+        if path.is_file():
+            target = place / path.relative_to(source).as_posix()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+
+
 def flip(path, place=-300):
     """Flip one bit of a file."""
     data = bytearray(path.read_bytes())
@@ -71,15 +108,13 @@ class TestStep:
     """A committed step."""
 
     def test_good(self, step):
-        """Digests, values and architecture pass, and the report is of JSON types."""
+        """Every check passes, and the report is of JSON types."""
         report = verify(step)
         assert report.passed, report
-        assert (report.kind, [check.name for check in report.checks]) == (
-            "checkpoint",
-            ["digests", "values", "architecture"],
-        )
+        names = ["manifest", "digests", "structure", "crc32", "values", "architecture"]
+        assert (report.kind, [check.name for check in report.checks]) == ("checkpoint", names)
         assert json.loads(json.dumps(report.to_dict()))["passed"] is True
-        assert "none NaN or Inf" in report.checks[1].detail
+        assert "none NaN or Inf" in detail(report, "values")
         assert verify(step.as_uri()) == report
 
     @pytest.mark.parametrize("which", ["model", "optimizer", "trainer", "assets"])
@@ -90,29 +125,31 @@ class TestStep:
             flip(path, len(good) // 2)
             report = verify(step)
             assert "digests" in failed(report)
-            assert path.name in next(check.detail for check in report.checks if check.name == "digests")
+            assert path.name in detail(report, "digests")
             path.write_bytes(good)
         assert verify(step).passed
 
     def test_the_manifest(self, step):
-        """A damaged manifest fails the digests, and the other checks still run."""
+        """Without its manifest a step has no digests to compare, and all else is still checked."""
         flip(step / MANIFEST_NAME, 200)
         report = verify(step)
-        assert failed(report) == {"digests"}
-        assert len(report.checks) == 3
+        assert failed(report) == {"manifest"}
+        assert [check.name for check in report.checks] == ["manifest", "structure", "crc32", "values", "architecture"]
 
     def test_a_file_too_many(self, step):
         """A file that the manifest does not name fails: a committed step never changes."""
         (step / "model" / "extra.distcp").touch()
         report = verify(step)
-        assert failed(report) == {"digests"}
-        assert "extra.distcp: not in the manifest" in report.checks[0].detail
+        assert failed(report) == {"manifest"}
+        assert "extra.distcp: not in the manifest" in detail(report, "manifest")
 
     @pytest.mark.parametrize("name", ["model/__0_0.distcp", "assets/config.json", "optimizer/.metadata"])
     def test_a_file_too_few(self, step, name):
-        """A missing file fails the digests."""
+        """A missing file fails, by its name."""
         (step / name).unlink()
-        assert "digests" in failed(verify(step))
+        report = verify(step)
+        assert "manifest" in failed(report)
+        assert name in detail(report, "manifest")
 
     def test_two_tensors_swapped(self, step):
         """Two tensors of one shape that changed places are whole, each with its CRC32: only the digests tell."""
@@ -126,7 +163,7 @@ class TestStep:
         (step / "model" / TWIN_NAME).write_text(json.dumps(twin, separators=(",", ":")) + "\n")
         report = verify(step)
         assert failed(report) == {"digests"}
-        assert TWIN_NAME in report.checks[0].detail
+        assert TWIN_NAME in detail(report, "digests")
 
     def test_two_tensors_swapped_in_the_shard(self, step):
         """The same with their bytes: the zips are whole, the values finite; the digests tell."""
@@ -144,19 +181,19 @@ class TestStep:
         assert verify(step / "model").passed
 
     def test_another_config(self, step):
-        """A config of another architecture fails the architecture, besides the digests."""
+        """A config of another architecture fails the architecture, besides the manifest, which has another size."""
         path = step / "assets" / "config.json"
         config = json.loads(path.read_bytes())
         path.write_text(json.dumps({**config, "num_hidden_layers": 3}))
-        assert failed(verify(step)) == {"digests", "architecture"}
+        assert failed(verify(step)) == {"manifest", "architecture"}
 
     def test_without_a_model(self, tmp_path):
-        """A step of an optimizer alone has digests to check, and no values."""
+        """A step of an optimizer alone has no values of a model to check."""
         optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
         saved = PyTorchCheckpoint(optimizer=optimizer).save(tmp_path, step=1)
         report = verify(saved.url)
         assert report.passed
-        assert [check.name for check in report.checks] == ["digests"]
+        assert [check.name for check in report.checks] == ["manifest", "digests", "structure", "crc32"]
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
     def test_a_diverged_model(self, tmp_path, value):
@@ -167,12 +204,69 @@ class TestStep:
         saved = PyTorchCheckpoint(model).save(tmp_path, step=1)
         report = verify(saved.url)
         assert failed(report) == {"values"}
-        assert "model.weight: holds NaN or Inf" in report.checks[1].detail
+        assert "model.weight: holds NaN or Inf" in detail(report, "values")
         assert verify(saved.url, allow_nonfinite=True).passed
 
-    def test_a_pruner_waits(self, made, tmp_path, monkeypatch):
+    def test_all_that_is_wrong_is_told(self, step):
+        """Of several damaged tensors each is named, not the first alone."""
+        index = read_index(step / "model")
+        names = list(index.tensors)[:3]
+        for name in names:
+            span = index.tensors[name].chunks[0].span
+            with (step / "model" / span.file).open("r+b") as file:
+                file.seek(span.offset + span.length // 2)
+                file.write(b"\x01\x02\x03")
+        report = verify(step)
+        assert failed(report) == {"digests", "crc32"}
+        [check] = [check for check in report.checks if check.name == "crc32"]
+        assert len(check.problems) == 3
+        assert all(any(f": {name}: " in problem for problem in check.problems) for name in names)
+        assert check.detail.endswith("(and 2 more)")
+
+    def test_each_byte_is_read_once(self, step):
+        """One pass gives digests, CRC32 and values: beyond the files' bytes, only headers are read, once more."""
+        seen = []
+        with read_bytes() as counted:
+            verify(step, progress=lambda done, total: seen.append((done, total)))
+        nbytes = sum(path.stat().st_size for path in step.rglob("*") if path.is_file() and path.name != MANIFEST_NAME)
+        headers = sum(1500 for part in ("model", "optimizer") for _ in read_index(step / part).spans())
+        assert nbytes <= sum(counted) <= nbytes + headers
+        assert seen[-1] == (nbytes, nbytes)
+        assert seen == sorted(seen)
+
+    def test_a_sample(self, step):
+        """A sample checks some chunks, the same for the same seed, and says what it left out."""
+        report = verify(step, sample=0.1, seed=7)
+        assert report.passed
+        assert [check.name for check in report.checks] == ["manifest", "structure", "crc32", "values", "architecture"]
+        total = sum(len(read_index(step / part).spans()) for part in ("model", "optimizer"))
+        assert report.sample.startswith("10 % of chunks: ")
+        assert report.sample.endswith(f" of {total}; digests of whole files not checked")
+        assert report == verify(step, sample=0.1, seed=7)
+        with read_bytes() as counted:
+            verify(step, sample=0.1, seed=7)
+        assert sum(counted) < sum(path.stat().st_size for path in step.rglob("*.distcp"))
+
+    def test_samples_of_many_seeds_find_a_flipped_bit(self, step):
+        """A damaged chunk is found by those samples that hold it, and all seeds together hold each chunk."""
+        span = read_index(step / "model").tensors["model.model.embed_tokens.weight"].chunks[0].span
+        flip(step / "model" / span.file, span.offset + span.length // 2)
+        found = [failed(verify(step, sample=0.3, seed=seed)) == {"crc32"} for seed in range(20)]
+        assert any(found)
+        assert not all(found)
+
+    @pytest.mark.parametrize("share", [0, -0.1, 1.1, float("nan")])
+    def test_no_share(self, step, share):
+        """A share that is none is a caller's mistake."""
+        with pytest.raises(ArgumentError, match="sample"):
+            verify(step, sample=share)
+
+    def test_a_sample_of_all_is_everything(self, step):
+        """A share of 1 leaves nothing out."""
+        assert verify(step, sample=1) == verify(step)
+
+    def test_a_pruner_waits(self, tmp_path):
         """While a step is verified, it is not pruned."""
-        from ckpt_core import verify as module
         from ckpt_core.retention import Retention
         from ckpt_core.store import LocalStore, Pruned
 
@@ -180,12 +274,28 @@ class TestStep:
         for number in (1, 2):
             PyTorchCheckpoint(nn.Linear(1, 1)).save(store.root, step=number)
         pruned = []
-        real = module._digests
-        monkeypatch.setattr(
-            module, "_digests", lambda c: (pruned.append(store.prune("default", Retention(keep_last=1))), real(c))[1]
-        )
-        assert verify(store.list("default")[0].path).passed
+
+        def prune(done, total):
+            if not pruned:
+                pruned.append(store.prune("default", Retention(keep_last=1)))
+
+        assert verify(store.list("default")[0].path, progress=prune).passed
         assert pruned == [Pruned(leased=(1,))]
+
+    def test_a_directory_elsewhere(self, made, step):
+        """A DCP directory in an object store passes and fails as it does here."""
+        place = UPath(f"memory://verify/{made.name}/step_0000000001")
+        try:
+            put(step, place)
+            assert [c.detail for c in verify(place / "model").checks] == [
+                c.detail for c in verify(step / "model").checks
+            ]
+            data = bytearray((place / "model" / "__0_0.distcp").read_bytes())
+            data[len(data) // 2] ^= 1
+            (place / "model" / "__0_0.distcp").write_bytes(data)
+            assert failed(verify(str(place / "model"))) == {"crc32"}
+        finally:
+            place.rmdir(recursive=True)
 
 
 class TestDcp:
@@ -215,7 +325,11 @@ class TestDcp:
         report = verify(directory)
         assert report.passed, report
         assert (report.kind, report.path) == ("dcp", str(directory))
-        assert "4 tensors, 15 elements, none NaN or Inf" in report.checks[0].detail
+        assert [(check.name, check.detail) for check in report.checks] == [
+            ("structure", "4 tensors, 1 values"),
+            ("crc32", "4 chunks as they were stored"),
+            ("values", "15 elements, none NaN or Inf"),
+        ]
 
     def test_a_level_below(self, directory):
         """The directory above is fine, where a framework puts the checkpoint below."""
@@ -228,8 +342,8 @@ class TestDcp:
         data = path.read_bytes()
         flip(path, data.index(torch.arange(6.0).numpy().tobytes()) + 9)
         report = verify(directory)
-        assert failed(report) == {"values"}
-        assert "__0_0.distcp: a: its bytes have CRC32" in report.checks[0].detail
+        assert failed(report) == {"crc32"}
+        assert "__0_0.distcp: a: its bytes have CRC32" in detail(report, "crc32")
 
     @pytest.mark.parametrize(
         "spoil",
@@ -244,13 +358,10 @@ class TestDcp:
     def test_damage_is_reported_not_raised(self, directory, spoil):
         """Damage of any kind is in the report."""
         spoil(directory)
-        assert failed(verify(directory)) == {"values"}
+        assert failed(verify(directory)) == {"structure"}
 
     def test_an_evil_value(self, directory, tmp_path):
         """A value that would run code fails the check, and does not run."""
-        import io
-        import pickle
-
         metadata = pickle.loads((directory / METADATA_NAME).read_bytes())
         buffer = io.BytesIO()
         torch.save(Evil(tmp_path / "ran", "eval"), buffer)
@@ -259,8 +370,8 @@ class TestDcp:
         metadata.storage_data[key] = _StorageInfo("evil", 0, len(buffer.getvalue()))
         (directory / METADATA_NAME).write_bytes(pickle.dumps(metadata))
         report = verify(directory)
-        assert failed(report) == {"values"}
-        assert "nothing was run" in report.checks[0].detail
+        assert failed(report) == {"structure"}
+        assert "nothing was run" in detail(report, "structure")
         assert not (tmp_path / "ran").exists()
 
     @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.complex64])
@@ -279,7 +390,38 @@ class TestDcp:
             torch.serialization.set_crc32_options(True)
         report = verify(tmp_path / "dcp")
         assert report.passed
-        assert "2 chunks had no CRC32 and are unchecked" in report.checks[0].detail
+        assert detail(report, "crc32") == "1 chunks as they were stored; 2 chunks had no CRC32 and are unchecked"
+
+    def test_chunks_that_do_not_fit_a_block(self, tmp_path):
+        """Tensors of some MB, of odd sizes and in many threads' parts, pass whole and fail at their last byte."""
+        state = {f"t{number}": torch.rand(400_003 * number + 1).to(torch.bfloat16) for number in range(6)}
+        self.save(state, tmp_path / "dcp")
+        assert verify(tmp_path / "dcp").passed
+        state["t5"][-1] = float("inf")
+        self.save(state, tmp_path / "inf")
+        report = verify(tmp_path / "inf")
+        assert failed(report) == {"values"}
+        assert ": t5: " in detail(report, "values")
+        flip(tmp_path / "dcp" / "__0_0.distcp", -2000)
+        assert failed(verify(tmp_path / "dcp")) == {"crc32"}
+
+    def test_a_part_of_a_stored_tensor(self, tmp_path):
+        """NaN in bytes that were stored with a tensor, and are none of its elements, is not its."""
+        whole = torch.ones(8)
+        whole[5] = float("nan")
+        self.save({"x": whole[:4].clone()}, tmp_path / "dcp")
+        payload, bad = io.BytesIO(), io.BytesIO()
+        torch.save(whole[:4], payload)
+        torch.save(whole[2:6], bad)
+        for content, wrong in ((payload, set()), (bad, {"values"})):
+            data = content.getvalue()
+            (tmp_path / "dcp" / "view").write_bytes(data)
+            info = _StorageInfo("view", 0, len(data))
+            rewrite(
+                tmp_path / "dcp",
+                lambda metadata, info=info: metadata.storage_data.update(dict.fromkeys(metadata.storage_data, info)),
+            )
+            assert failed(verify(tmp_path / "dcp")) == wrong
 
     def test_nothing_there(self, tmp_path):
         """Where there is neither checkpoint nor export, there is no report."""
@@ -313,7 +455,7 @@ class TestExport:
         assert report.kind == "export"
         assert len(list(export.glob("*.safetensors"))) > 1
         expected = sum(len(load_file(path)) for path in export.glob("*.safetensors"))
-        assert f"{expected} tensors" in report.checks[1].detail
+        assert f"{expected} tensors" in detail(report, "structure")
 
     def test_one_bit_of_any_file(self, export):
         """A bit that is flipped in any file but the record fails the digests, by the file's name."""
@@ -323,18 +465,33 @@ class TestExport:
                 flip(path, -1)
                 report = verify(export)
                 assert "digests" in failed(report)
-                assert path.name in report.checks[0].detail
+                assert path.name in detail(report, "digests")
                 path.write_bytes(good)
+
+    def test_elsewhere(self, export):
+        """An export in an object store passes and fails as it does here."""
+        place = UPath(f"memory://{export.parent.name}")
+        try:
+            put(export, place)
+            assert [check.detail for check in verify(place).checks] == [check.detail for check in verify(export).checks]
+            data = bytearray((place / "config.json").read_bytes())
+            data[5] ^= 1
+            (place / "config.json").write_bytes(data)
+            assert failed(verify(place)) == {"digests"}
+        finally:
+            place.rmdir(recursive=True)
 
     def test_a_file_too_many(self, export):
         """Weights that the record does not name fail: `from_pretrained` might load them."""
         save_file({"x": torch.ones(1)}, export / "model-stale.safetensors")
-        assert failed(verify(export)) == {"values"}
+        report = verify(export)
+        assert failed(report) == {"record"}
+        assert "model-stale.safetensors" in detail(report, "record")
 
     def test_a_file_too_few(self, export):
-        """A missing file fails."""
+        """A missing file fails the record and, of weights, the structure."""
         self.weights(export).unlink()
-        assert failed(verify(export)) == {"digests", "values"}
+        assert failed(verify(export)) == {"record", "structure"}
 
     def test_nan(self, export):
         """NaN fails the values, also where the digests are right, unless it is allowed."""
@@ -346,17 +503,116 @@ class TestExport:
         self.restamp(export, path)
         report = verify(export)
         assert failed(report) == {"values"}
-        assert name in report.checks[1].detail
+        assert name in detail(report, "values")
         assert verify(export, allow_nonfinite=True).passed
 
     def test_no_safetensors(self, export):
-        """A weight file that is none fails the values, also where the digests are right."""
+        """A weight file that is none fails the structure, also where the digests are right."""
         path = self.weights(export)
         path.write_bytes(b"\xff" * 100)
         self.restamp(export, path)
-        assert failed(verify(export)) == {"values"}
+        assert failed(verify(export)) == {"structure"}
 
     def test_the_record(self, export):
-        """A record that is not readable fails both checks."""
+        """Without its record an export has no digests to compare, and its weights are still checked."""
         (export / EXPORT_NAME).write_text("{")
-        assert failed(verify(export)) == {"digests", "values"}
+        report = verify(export)
+        assert failed(report) == {"record"}
+        assert [check.name for check in report.checks] == ["record", "structure", "values"]
+
+    def test_a_sample(self, export):
+        """A sample looks at some tensors and at no digest."""
+        flip(export / "config.json", 5)
+        report = verify(export, sample=0.5)
+        assert report.passed
+        assert "digests" not in [check.name for check in report.checks]
+        assert "50 % of chunks: " in report.sample
+
+
+class TestHuggingFace:
+    """Any other Hugging Face directory."""
+
+    @pytest.fixture
+    def directory(self, export):
+        """An export without its record."""
+        (export / EXPORT_NAME).unlink()
+        return export
+
+    def test_good(self, directory):
+        """Structure and values pass; a single file may be named by itself."""
+        report = verify(directory)
+        assert report.passed, report
+        assert (report.kind, [check.name for check in report.checks]) == ("huggingface", ["structure", "values"])
+        file = min(directory.glob("*.safetensors"))
+        one = verify(file)
+        assert one.passed
+        assert f"{len(load_file(file))} tensors" in detail(one, "structure")
+
+    def test_nan(self, directory):
+        """NaN fails the values, by the tensor's name, unless it is allowed; then no value is read."""
+        path = min(directory.glob("*.safetensors"))
+        tensors = load_file(path)
+        name = min(tensors)
+        tensors[name].view(-1)[-1] = float("nan")
+        save_file(tensors, path)
+        report = verify(directory)
+        assert failed(report) == {"values"}
+        assert f"{path}: {name}: " in detail(report, "values")
+        assert verify(directory, allow_nonfinite=True).passed
+
+    def test_large_tensors_in_parts(self, tmp_path):
+        """A tensor of several threads' parts is read whole, to its last element."""
+        x = torch.zeros(20_000_001)
+        x[-1] = float("inf")
+        save_file({"x": x, "y": torch.ones(3)}, tmp_path / "model.safetensors")
+        seen = []
+        report = verify(tmp_path, progress=lambda done, total: seen.append((done, total)))
+        assert failed(report) == {"values"}
+        assert seen[-1] == (80_000_016, 80_000_016)
+
+    def test_damage(self, directory):
+        """A shard that is cut short, or lacks a tensor that the index names, fails the structure."""
+        path = min(directory.glob("*.safetensors"))
+        os.truncate(path, path.stat().st_size - 1)
+        report = verify(directory)
+        assert failed(report) == {"structure"}
+        assert path.name in detail(report, "structure")
+
+    def test_a_pickle(self, tmp_path):
+        """A directory of pickled weights fails, by the pickle's name."""
+        (tmp_path / "pytorch_model.bin").write_bytes(b"anything")
+        report = verify(tmp_path)
+        assert failed(report) == {"structure"}
+        assert "pytorch_model.bin" in detail(report, "structure")
+
+    def test_elsewhere(self, directory):
+        """A directory in an object store passes and fails as it does here."""
+        place = UPath(f"memory://verify/{directory.parent.name}")
+        try:
+            put(directory, place)
+            report = verify(str(place))
+            assert [check.detail for check in report.checks] == [check.detail for check in verify(directory).checks]
+            name = min(path.name for path in directory.glob("*.safetensors"))
+            (place / name).write_bytes((place / name).read_bytes()[:-1])
+            assert failed(verify(str(place))) == {"structure"}
+        finally:
+            place.rmdir(recursive=True)
+
+
+def test_an_interrupt_waits_for_no_large_file(tmp_path):
+    """What the one who is told of the progress raises ends all reading, in the middle of files."""
+    nbytes = 1 << 30
+    for name in ("a", "b"):
+        (tmp_path / name).touch()
+        os.truncate(tmp_path / name, nbytes)
+    seen = []
+
+    def interrupt_once(done, total):
+        seen.append(done)
+        if len(seen) == 1:
+            raise KeyboardInterrupt
+
+    readings = [Reading(tmp_path / name, nbytes, lambda _: [Extent(0, nbytes)]) for name in ("a", "b")]
+    with pytest.raises(KeyboardInterrupt):
+        Scan(Findings(), interrupt_once).run(readings)
+    assert len(seen) < 1024

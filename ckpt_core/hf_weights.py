@@ -1,0 +1,143 @@
+"""The weights of a Hugging Face directory: one safetensors file, or several with an index that says what lies where."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ckpt_core.durable import file_size
+from ckpt_core.errors import DamagedError, NotACheckpointError, UntrustedError
+from ckpt_core.safetensors_header import StoredTensor, read_header
+
+if TYPE_CHECKING:
+    from ckpt_core.urls import Place
+
+SUFFIX = ".safetensors"
+INDEX_SUFFIX = ".safetensors.index.json"
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+_MAX_INDEX_BYTES = 1 << 28
+
+
+@dataclass(frozen=True)
+class HfWeights:
+    """The tensors of a Hugging Face directory, by the file that holds them."""
+
+    place: Place
+    """The directory."""
+
+    files: Mapping[str, Mapping[str, StoredTensor]]
+    """By the file's name in the directory, then by the tensor's."""
+
+    @property
+    def tensors(self) -> dict[str, tuple[str, StoredTensor]]:
+        """Return each tensor with the name of its file."""
+        return {name: (file, tensor) for file, tensors in self.files.items() for name, tensor in tensors.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all tensors in bytes."""
+        return sum(tensor.nbytes for tensors in self.files.values() for tensor in tensors.values())
+
+
+def read_weights(place: Place) -> HfWeights:
+    """Read what a Hugging Face directory, or one safetensors file, holds, and check that it is all there.
+
+    Raises:
+        NotACheckpointError: there are no weights.
+        UntrustedError: there are only pickles.
+        DamagedError: a header is not sound, or the index and the files do not agree.
+    """
+    if place.name.endswith(SUFFIX) and file_size(place) is not None:
+        return HfWeights(place.parent, {place.name: read_header(place)})
+    names = _names(place)
+    indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
+    if len(indexes) > 1:
+        raise DamagedError(f"{place}: several indexes ({', '.join(indexes)}), so which weights are meant is not known.")
+    if indexes:
+        return HfWeights(place, _indexed(place, indexes[0]))
+    files = [name for name in names if name.endswith(SUFFIX)]
+    if not files:
+        raise _none(place, names)
+    weights = HfWeights(place, {name: read_header(place / name) for name in files})
+    _check_once(place, weights)
+    return weights
+
+
+def has_weights(place: Place) -> bool:
+    """Whether there is a safetensors file at `place` or in it, an index of some, or weights as pickles."""
+    if place.name.endswith(SUFFIX):
+        return file_size(place) is not None
+    return any(name.endswith((SUFFIX, INDEX_SUFFIX, *_PICKLED)) for name in _names(place))
+
+
+def _names(place: Place) -> list[str]:
+    return sorted(entry.name for entry in place.iterdir()) if place.is_dir() else []
+
+
+def _none(place: Place, names: Iterable[str]) -> Exception:
+    pickled = [name for name in names if name.endswith(_PICKLED)]
+    if pickled:
+        return UntrustedError(
+            f"{place / pickled[0]}: weights as a pickle, which runs code when it is loaded, and no safetensors beside "
+            "it; convert it where you trust it, with `save_pretrained`."
+        )
+    return NotACheckpointError(f"{place}: no {SUFFIX} files in it; give a Hugging Face directory.")
+
+
+def _indexed(place: Place, index: str) -> dict[str, Mapping[str, StoredTensor]]:
+    """Read the files that the index names, and check that each holds what the index says, and nothing else."""
+    planned: dict[str, set[str]] = {}
+    for name, file in _weight_map(place / index).items():
+        planned.setdefault(file, set()).add(name)
+    files = {file: read_header(place / file) for file in sorted(planned)}
+    for file, tensors in files.items():
+        wrong = sorted(planned[file] ^ tensors.keys())
+        if wrong:
+            said = "does not put there" if wrong[0] in tensors else "puts there, but it has not"
+            raise DamagedError(
+                f"{place / file}: {wrong[0]}, which {index} {said}; they are of different exports: restore both."
+            )
+    return files
+
+
+def _weight_map(path: Place) -> dict[str, str]:
+    """Return which file holds which tensor."""
+    try:
+        document = json.loads(_index_bytes(path))
+        return {_text(name): _plain_name(file) for name, file in document["weight_map"].items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        said = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        raise DamagedError(f"{path}: not a sound index ({said[:300]}); restore a copy of it.") from None
+
+
+def _index_bytes(path: Place) -> bytes:
+    size = file_size(path)
+    if size is None or size > _MAX_INDEX_BYTES:
+        raise ValueError(f"not a regular file of at most {_MAX_INDEX_BYTES} bytes")
+    return path.read_bytes()
+
+
+def _text(name: Any) -> str:
+    if not isinstance(name, str):
+        raise TypeError(f"a {type(name).__name__} for a name")
+    return name
+
+
+def _plain_name(file: Any) -> str:
+    plain = isinstance(file, str) and file.endswith(SUFFIX) and file.isprintable() and not set("/\\") & set(file)
+    if not plain:
+        raise ValueError(f"something lies in {str(file)[:99]!r}, expected a safetensors file's plain name")
+    return str(file)
+
+
+def _check_once(place: Place, weights: HfWeights) -> None:
+    tensors = weights.tensors
+    for file, names in weights.files.items():
+        for name in names:
+            if tensors[name][0] != file:
+                raise DamagedError(
+                    f"{place}: {name} lies in {file} and in {tensors[name][0]}, and there is no index to say which is "
+                    "meant; take one of them away."
+                )

@@ -1,0 +1,122 @@
+"""The weights of a Hugging Face directory are what its index says, or there is none."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ckpt_core.errors import CkptError, DamagedError, NotACheckpointError, UntrustedError
+from ckpt_core.hf_weights import has_weights, read_weights
+
+INDEX = "model.safetensors.index.json"
+FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+MAP = {"a": FIRST, "b": SECOND, "c": SECOND}
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    """Return a directory of two shards and an index."""
+    save_file({"a": torch.ones(2)}, tmp_path / FIRST)
+    save_file({"b": torch.ones(3), "c": torch.ones(1)}, tmp_path / SECOND)
+    write_index(tmp_path, MAP)
+    return tmp_path
+
+
+def write_index(directory: Path, weight_map: Any) -> None:
+    """Write an index."""
+    (directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def test_shards(sharded: Path) -> None:
+    """Each tensor is found with its file; a stale file that the index does not name is left aside."""
+    save_file({"z": torch.ones(1)}, sharded / "consolidated.safetensors")
+    weights = read_weights(sharded)
+    assert {name: file for name, (file, _) in weights.tensors.items()} == MAP
+    assert weights.nbytes == 24
+
+
+def test_links_are_followed(sharded: Path, tmp_path: Path) -> None:
+    """A Hub cache is made of links: they are read."""
+    blob = sharded / FIRST
+    blob.rename(sharded / "blob")
+    blob.symlink_to(sharded / "blob")
+    assert set(read_weights(sharded).tensors) == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "said"),
+    [
+        ({**MAP, "a": "../outside.safetensors"}, "outside"),
+        ({**MAP, "a": "/etc/outside.safetensors"}, "outside"),
+        ({**MAP, "a": "below/outside.safetensors"}, "outside"),
+        ({**MAP, "a": "..\\outside.safetensors"}, "outside"),
+        ({**MAP, "a": "pytorch_model.bin"}, "pytorch_model.bin"),
+        ({**MAP, "a": "nul\0.safetensors"}, "nul"),
+        ({**MAP, "a": 5}, "'5'"),
+        ({**MAP, "a": "missing.safetensors"}, "missing.safetensors: missing"),
+        ({**MAP, "d": FIRST}, "d, which"),
+        ({"a": FIRST, "b": SECOND}, "c, which"),
+        ([FIRST], "list"),
+        (None, "NoneType"),
+    ],
+)
+def test_an_index_that_lies(sharded: Path, weight_map: Any, said: str) -> None:
+    """Names that lead elsewhere, files that are missing, and tensors that are not where it says are refused."""
+    save_file({"a": torch.ones(2)}, sharded.parent / "outside.safetensors")
+    write_index(sharded, weight_map)
+    with pytest.raises(DamagedError) as caught:
+        read_weights(sharded)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"{}", b"\xff", b"[" * 100_000])
+def test_an_index_that_is_none(sharded: Path, text: bytes) -> None:
+    """What is no JSON with a weight map is refused."""
+    (sharded / INDEX).write_bytes(text)
+    with pytest.raises(DamagedError, match="not a sound index"):
+        read_weights(sharded)
+
+
+def test_two_indexes(sharded: Path) -> None:
+    """Of two indexes, neither is believed."""
+    (sharded / "other.safetensors.index.json").write_text("{}")
+    with pytest.raises(DamagedError, match="several indexes"):
+        read_weights(sharded)
+
+
+def test_one_name_in_two_files(sharded: Path) -> None:
+    """Without an index, one name in two files is refused; the rest is read."""
+    (sharded / INDEX).unlink()
+    assert set(read_weights(sharded).tensors) == {"a", "b", "c"}
+    save_file({"a": torch.zeros(2)}, sharded / "stale.safetensors")
+    with pytest.raises(DamagedError, match="a lies in"):
+        read_weights(sharded)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth", "last.ckpt"])
+def test_pickles_are_refused_by_name(tmp_path: Path, name: str) -> None:
+    """A directory with nothing but a pickle is refused, by the pickle's name, and it is not opened."""
+    (tmp_path / name).mkdir()
+    assert has_weights(tmp_path)
+    with pytest.raises(UntrustedError, match=name):
+        read_weights(tmp_path)
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    """An empty directory, and one that is not there, have no weights."""
+    for place in (tmp_path, tmp_path / "none"):
+        assert not has_weights(place)
+        with pytest.raises(NotACheckpointError):
+            read_weights(place)
+
+
+def test_one_file(sharded: Path) -> None:
+    """One safetensors file may be named by itself, and its errors are its own."""
+    assert has_weights(sharded / FIRST)
+    assert set(read_weights(sharded / FIRST).tensors) == {"a"}
+    assert not has_weights(sharded / "none.safetensors")
+    with pytest.raises(CkptError):
+        read_weights(sharded / "none.safetensors")
