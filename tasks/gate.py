@@ -51,7 +51,7 @@ def restore_model(url: str) -> Any:
     assets = open_checkpoint(url).component("assets")
     if assets is None or not (assets / "config.json").is_file():
         raise NotACheckpointError(f"{url}: has no assets/config.json, so its architecture is not known.")
-    config = AutoConfig.from_pretrained(assets)
+    config = AutoConfig.from_pretrained(str(assets))
     named = config.architectures
     if not named:
         raise NotACheckpointError(f"{assets}/config.json: names no architectures, so the model's class is not known.")

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ckpt_core import durable, locks
 from ckpt_core.errors import DamagedError, NotACheckpointError
-from ckpt_core.format.manifest import MANIFEST_NAME, Manifest, read_manifest
+from ckpt_core.format.manifest import MANIFEST_NAME, MAX_BYTES, Manifest, parse_manifest, read_manifest
+from ckpt_core.store import objects, records
 from ckpt_core.store.names import DAMAGED, STAGING, TRASH, parse_step
+
+if TYPE_CHECKING:
+    from upath import UPath
+
+    from ckpt_core.urls import Place
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """One committed step."""
 
-    path: Path
+    path: Place
     manifest: Manifest = field(repr=False)
 
     @property
@@ -36,22 +43,26 @@ class Checkpoint:
         return self.path.as_uri()
 
     @property
-    def root(self) -> Path:
+    def root(self) -> Place:
         """The directory that the manifest's files lie below."""
-        return self.path
+        return self.path / self.manifest.directory if self.manifest.directory else self.path
 
-    def component(self, name: str) -> Path | None:
+    def component(self, name: str) -> Place | None:
         """Return the directory of `model`, `optimizer`, `trainer` or `assets`; None if it has none."""
         path = self.root / name
-        return path if path.is_dir() else None
+        return path if any(file.startswith(f"{name}/") for file in self.manifest.files) else None
 
     @contextmanager
     def lease(self) -> Generator[None]:
-        """Hold the checkpoint while reading it: a pruner leaves it alone meanwhile.
+        """Hold the checkpoint while reading it: a pruner leaves it alone meanwhile; in an object store, for a day.
 
         Raises:
             NotACheckpointError: a pruner deleted it before.
         """
+        if not isinstance(self.path, Path):
+            with records.leased(self.path, self.manifest):
+                yield
+            return
         with locks.locked(self.path / MANIFEST_NAME, locks.SHARED) as held:
             if not held:
                 raise NotACheckpointError(f"{self.path}: deleted by a pruner before it could be read.")
@@ -60,21 +71,44 @@ class Checkpoint:
 
 def open_local(path: Path) -> Checkpoint:
     """Return the committed step in a directory; see `open_checkpoint`."""
+    checkpoint = _read(path, lambda: read_manifest(path))
+    root = path / checkpoint.manifest.directory
+    _check_whole(checkpoint, {name: durable.file_size(root / name) for name in checkpoint.manifest.files})
+    return checkpoint
+
+
+def open_remote(path: UPath) -> Checkpoint:
+    """Return the committed step at a URL; see `open_checkpoint`. One listing tells the sizes of all files."""
+    checkpoint = _read(path, lambda: _read_remote_manifest(path))
+    try:
+        _check_whole(checkpoint, objects.sizes_below(path / checkpoint.manifest.directory))
+    except DamagedError:
+        if objects.exists(path / MANIFEST_NAME):
+            raise
+        raise NotACheckpointError(f"{path}: deleted by a pruner meanwhile.") from None
+    return checkpoint
+
+
+def _read(path: Place, read: Callable[[], Manifest]) -> Checkpoint:
     if path.name.startswith((STAGING, TRASH, DAMAGED)):
         raise NotACheckpointError(f"{path}: never committed, deleted, or set aside; see `ckpt list` of the store.")
     try:
-        manifest = read_manifest(path)
+        return Checkpoint(path, read())
     except (FileNotFoundError, NotADirectoryError):
         raise NotACheckpointError(
             f"{path}: no {MANIFEST_NAME}, so no committed step; see `ckpt list` of the store."
         ) from None
-    checkpoint = Checkpoint(path, manifest)
-    check_whole(checkpoint, {name: durable.file_size(checkpoint.root / name) for name in manifest.files})
-    return checkpoint
 
 
-def check_whole(checkpoint: Checkpoint, sizes: dict[str, int | None]) -> None:
-    """Compare the manifest with the directory's name, and with the sizes of its files in bytes, None for missing ones.
+def _read_remote_manifest(path: UPath) -> Manifest:
+    place = path / MANIFEST_NAME
+    if objects.size(place) > MAX_BYTES:
+        raise DamagedError(f"{place}: larger than {MAX_BYTES} bytes; restore a copy or delete the step.")
+    return parse_manifest(objects.read(place), place)
+
+
+def _check_whole(checkpoint: Checkpoint, sizes: Mapping[str, int | None]) -> None:
+    """Compare the manifest with the directory's name, and with the sizes of its files in bytes, None for no file.
 
     Raises:
         DamagedError: they differ.
@@ -86,6 +120,6 @@ def check_whole(checkpoint: Checkpoint, sizes: dict[str, int | None]) -> None:
         found = sizes.get(name)
         if found != record.bytes:
             raise DamagedError(
-                f"{checkpoint.root / name}: {'missing' if found is None else f'{found} bytes'}, the manifest says "
+                f"{checkpoint.root}/{name}: {'missing' if found is None else f'{found} bytes'}, the manifest says "
                 f"{record.bytes} bytes; restore a copy, or set the step aside with `ckpt repair`."
             )

@@ -216,7 +216,7 @@ class LocalStore:
                     yield path, attempt(path, path.unlink)
 
     def _bury(self, checkpoint: Checkpoint) -> Callable[[], None] | None:
-        path = checkpoint.path
+        path = self.root / checkpoint.path.parent.name / checkpoint.path.name
         with locks.locked(path / MANIFEST_NAME, locks.EXCLUSIVE_NOW) as held:
             if not held and not path.exists():
                 raise NotACheckpointError(f"{path}: deleted by another pruner.")

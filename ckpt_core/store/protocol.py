@@ -20,7 +20,7 @@ class Pruned:
     """Those that are checkpoints no more, oldest first."""
 
     leased: tuple[int, ...] = ()
-    """Those that somebody reads: they stay until the next time."""
+    """Those that somebody reads, or pinned meanwhile: they stay until the next time."""
 
     errors: tuple[str, ...] = ()
     """What went wrong, in sentences; the next `prune` tries again. Of a deletion in the background, see `wait`."""

@@ -48,7 +48,7 @@ def take_away(checkpoints: list[Checkpoint], bury: Bury, deletions: Deletions, *
             _log.warning("%s", errors[-1])
             continue
         if free is None:
-            _log.warning("%s: being read, so not deleted", checkpoint.path)
+            _log.warning("%s: being read, or pinned just now, so not deleted", checkpoint.path)
             leased.append(checkpoint.step)
             continue
         deleted.append(checkpoint.step)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from object_stores import s3_server  # noqa: F401 - a fixture
 from programs import store_racer
 from programs.store_racer import FILES, RUN, commit, content
 
@@ -22,7 +23,7 @@ from ckpt_core.retention import Retention
 from ckpt_core.store import MAX_STEP, LocalStore, Pruned, local_path, open_checkpoint, open_store, parse_step, step_name
 
 PROGRAMS = Path(store_racer.__file__).parent
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(PROGRAMS.parents[2])}
+ENVIRONMENT = {"PYTHONPATH": str(PROGRAMS.parents[2])}
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def holder(kind, store):
     """A process that holds a lease or a staging directory; gives it and what it printed."""
     process = subprocess.Popen(
         [sys.executable, str(PROGRAMS / "store_holder.py"), kind, str(store.root)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **ENVIRONMENT},
     )  # fmt: skip
     try:
         yield process, process.stdout.readline().strip()
@@ -289,7 +290,7 @@ class TestPrune:
             assert said == "1"
             commit(store, 2)
             assert store.prune(RUN, Retention(keep_last=1)) == Pruned(leased=(1,))
-            assert "being read" in caplog.text
+            assert "being read, or pinned" in caplog.text
             assert steps(store) == [1, 2]
             process.kill()
             process.wait()
@@ -394,39 +395,191 @@ class TestDebris:
         assert (tmp_path / "x").is_dir()
 
 
-def test_readers_writers_and_a_pruner_race(store, capsys):
-    """Readers see whole steps of one number each and never an older one again, whatever writers and pruners do."""
-    commit(store, 1)
-    seconds = "3"
-    roles = [
-        ("write", 2, 2),
-        ("write", 3, 2),
-        ("read", 0, 0),
-        ("read", 0, 0),
-        ("list", 0, 0),
-        ("prune", 0, 0),
-        ("prune", 0, 0),
-    ]
+class TestRepair:
+    """What a repair does in a directory."""
+
+    def test_debris(self, store):
+        """What a dead writer, a dead pruner and a dead pinner left is removed, and each is told."""
+        commit(store, 1)
+        store.pin(RUN, "best", 1)
+        (store.root / RUN / ".trash-x").mkdir()
+        (store.root / RUN / ".staging-x").mkdir()
+        (store.root / RUN / "pins" / ".best.1.tmp").touch()
+        done = store.repair(RUN)
+        assert len(done) == 3
+        assert all("removed; a dead writer or pruner left it" in sentence for sentence in done)
+        assert names(store) == ["pins", "step_0000000001"]
+        assert store.pins(RUN) == {"best": 1}
+
+    @pytest.mark.parametrize("make", [Path.touch, Path.mkdir, os.mkfifo], ids=["file", "directory", "fifo"])
+    def test_what_only_has_a_steps_name(self, store, make):
+        """A file, an empty directory or a FIFO with a step's name is set aside; nobody waits for it."""
+        commit(store, 1)
+        make(store.root / RUN / step_name(2))
+        assert len(store.repair(RUN)) == 1
+        commit(store, 2)
+        assert steps(store) == [1, 2]
+        with pytest.raises(NotACheckpointError, match="set aside"):
+            open_checkpoint(next((store.root / RUN).glob(".damaged-*")))
+
+    def test_two_that_repair(self, store, monkeypatch):
+        """A step that another repaired, and that was saved again meanwhile, is left alone."""
+        commit(store, 1)
+        os.truncate(store.root / RUN / step_name(1) / FILES[0], 1)
+        real = locks.locked
+
+        def locked(path, mode):
+            if path.name == step_name(1) and mode == locks.EXCLUSIVE_NOW:
+                monkeypatch.undo()
+                store.repair(RUN)
+                commit(store, 1)
+            return real(path, mode)
+
+        monkeypatch.setattr(locks, "locked", locked)
+        assert store.repair(RUN) == []
+        assert steps(store) == [1]
+
+
+class TestDeletions:
+    """What goes wrong with a deletion."""
+
+    def fail(self, monkeypatch, store, what):
+        """Let a call fail for what lies in the run's directory."""
+        real = getattr(durable, what)
+
+        def failing(path):
+            if path.name.startswith(".trash") or path == store.root / RUN:
+                raise OSError(5, "Input/output error")
+            real(path)
+
+        monkeypatch.setattr(durable, what, failing)
+
+    @pytest.mark.parametrize("background", [False, True])
+    def test_bytes_that_stay(self, store, monkeypatch, caplog, background):
+        """A step whose bytes cannot be freed is gone all the same; that is told and logged, and done the next time."""
+        commit(store, 1)
+        commit(store, 2)
+        with monkeypatch.context() as patch:
+            self.fail(patch, store, "remove_tree")
+            pruned = store.prune(RUN, Retention(keep_last=1), background=background)
+            errors = pruned.errors + store.wait()
+        assert pruned.deleted == (1,)
+        assert len(errors) == 1
+        assert "tries again" in errors[0]
+        assert errors[0] in caplog.text
+        assert store.wait() == ()
+        assert len(names(store)) == 2
+        assert store.prune(RUN, Retention(keep_last=1)) == Pruned()
+        assert names(store) == [step_name(2)]
+
+    def test_debris_does_not_stop_a_save(self, store, monkeypatch, caplog):
+        """What cannot be removed is logged; the step is saved."""
+        (store.root / RUN / ".trash-x").mkdir(parents=True)
+        self.fail(monkeypatch, store, "remove_tree")
+        commit(store, 1)
+        assert steps(store) == [1]
+        assert ".trash-x: not deleted" in caplog.text
+
+    def test_one_error_does_not_stop_the_rest(self, store, monkeypatch):
+        """A step that cannot be renamed is told, and the others go."""
+        for step in range(3):
+            commit(store, step)
+        real = Path.rename
+
+        def rename(self, target):
+            if self.name == step_name(0):
+                raise OSError(5, "Input/output error")
+            return real(self, target)
+
+        monkeypatch.setattr(Path, "rename", rename)
+        pruned = store.prune(RUN, Retention(keep_last=1))
+        assert pruned.deleted == (1,)
+        assert len(pruned.errors) == 1
+        assert step_name(0) in pruned.errors[0]
+        assert steps(store) == [0, 2]
+
+    def test_a_pin_that_comes_between(self, store, monkeypatch):
+        """A step that is pinned after the policy was applied, and before it is renamed, stays."""
+        commit(store, 1)
+        commit(store, 2)
+        real = LocalStore._bury
+        monkeypatch.setattr(LocalStore, "_bury", lambda self, c: (store.pin(RUN, "best", 1), real(self, c))[1])
+        assert store.prune(RUN, Retention(keep_last=1)) == Pruned(leased=(1,))
+        assert steps(store) == [1, 2]
+
+    def test_two_pruners(self, store, monkeypatch):
+        """A step that another pruner deleted meanwhile is neither counted nor an error."""
+        commit(store, 1)
+        commit(store, 2)
+        real = LocalStore._bury
+
+        def late(self, checkpoint):
+            monkeypatch.undo()
+            store.prune(RUN, Retention(keep_last=1))
+            return real(self, checkpoint)
+
+        monkeypatch.setattr(LocalStore, "_bury", late)
+        assert store.prune(RUN, Retention(keep_last=1)) == Pruned()
+
+
+WRITERS_AND_READERS = [("write", 2, 2), ("write", 3, 2), ("read", 0, 0), ("read", 0, 0)]
+
+
+def race(url, seconds, roles):
+    """Let processes race; return how often each did its work."""
     started = [
         subprocess.Popen(
-            [sys.executable, str(PROGRAMS / "store_racer.py"), role, str(store.root), seconds, str(first), str(stride)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
+            [sys.executable, str(PROGRAMS / "store_racer.py"), role, url, str(seconds), str(first), str(stride)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **ENVIRONMENT},
         )
         for role, first, stride in roles
     ]  # fmt: skip
-    outcomes = [process.communicate(timeout=60) for process in started]
+    outcomes = [process.communicate(timeout=seconds + 60) for process in started]
     assert [process.returncode for process in started] == [0] * len(roles), [errors for _, errors in outcomes]
-    counts = [int(out) for out, _ in outcomes]
-    assert min(counts) > 3
-    with capsys.disabled():
-        print(f"\nrace of {seconds} s: {list(zip([role for role, _, _ in roles], counts, strict=True))}")
-    store.prune(RUN, Retention(keep_last=2))
-    left = store.list(RUN)
-    assert len(left) == 2
-    assert names(store) == [c.path.name for c in left]
-    for checkpoint in left:
-        for name in FILES:
-            assert (checkpoint.path / name).read_bytes() == content(checkpoint.step, name)
+    return [int(out) for out, _ in outcomes]
+
+
+class TestRaces:
+    """Readers see whole steps of one number each and never an older one again, whatever writers and pruners do."""
+
+    @pytest.mark.parametrize(
+        ("seconds", "roles"),
+        [
+            (20, [*WRITERS_AND_READERS, ("prune", 0, 0)]),
+            (3, [*WRITERS_AND_READERS, ("list", 0, 0), ("prune", 0, 0), ("prune", 0, 0)]),
+        ],
+    )
+    def test_in_a_directory(self, store, capsys, seconds, roles):
+        """Two writers and two readers, against a pruner for 20 s, and against two pruners and a lister."""
+        commit(store, 1)
+        counts = race(store.url, seconds, roles)
+        assert min(counts) > 3
+        with capsys.disabled():
+            print(f"\nrace of {seconds} s: {list(zip([role for role, _, _ in roles], counts, strict=True))}")
+        self.check_the_end(store)
+        assert names(store) == [c.path.name for c in store.list(RUN)]
+
+    def test_on_s3(self, s3_server, capsys):  # noqa: F811 - the fixture
+        """Two writers, two readers and a pruner for 10 s, on a real HTTP server."""
+        store = open_store(f"{s3_server.new_bucket()}/store")
+        commit(store, 1)
+        roles = [*WRITERS_AND_READERS, ("prune", 0, 0)]
+        counts = race(store.url, 10, roles)
+        with capsys.disabled():
+            print(f"\nrace of 10 s on S3: {list(zip([role for role, _, _ in roles], counts, strict=True))}")
+        assert min(counts) > 1
+        self.check_the_end(store)
+        found = {name.split("/")[1] for name, _ in durable.files_below(store.root)}
+        assert found == {c.path.name for c in store.list(RUN)}
+
+    def check_the_end(self, store):
+        """After a last prune two steps are left, whole, and no debris."""
+        store.prune(RUN, Retention(keep_last=2))
+        left = store.list(RUN)
+        assert len(left) == 2
+        for checkpoint in left:
+            for name in FILES:
+                assert (checkpoint.root / name).read_bytes() == content(checkpoint.step, name)
 
 
 class TestNames:
@@ -467,7 +620,7 @@ class TestNames:
 
     @pytest.mark.parametrize(
         "url",
-        ["s3://bucket/x", "http://host/x", "file://host/x", "file://relative", "http://[x", "file:///a?b", "file:///a#b",
+        ["nosuch://bucket/x", "file://host/x", "file://relative", "http://[x", "file:///a?b", "file:///a#b",
          "a\0b", "file:///a%00b"],
     )  # fmt: skip
     def test_other_urls(self, url):

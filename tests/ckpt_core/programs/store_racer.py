@@ -1,4 +1,4 @@
-"""A reader, writer or pruner of a run, for some seconds: `store_racer.py ROLE STORE SECONDS FIRST_STEP STRIDE`.
+"""A reader, writer or pruner of a run, for some seconds: `store_racer.py ROLE URL SECONDS FIRST_STEP STRIDE`.
 
 Every file of a step repeats the step's number, so that a mix of two steps shows. Prints how often it did its work; a
 step that is half there, mixed or older than one seen before ends it with an assertion.
@@ -6,12 +6,12 @@ step that is half there, mixed or older than one seen before ends it with an ass
 
 import sys
 import time
-from pathlib import Path
 
+from ckpt_core import durable
 from ckpt_core.errors import NotACheckpointError
 from ckpt_core.format.manifest import Manifest, record_file
 from ckpt_core.retention import Retention
-from ckpt_core.store import LocalStore
+from ckpt_core.store import Store, open_store
 
 RUN = "race"
 FILES = ("model/a.bin", "model/b.bin", "trainer/state.json")
@@ -22,21 +22,20 @@ def content(step: int, name: str) -> bytes:
     return f"{step:010d}".encode() * (1 + (step * 7 + len(name)) % 5000)
 
 
-def commit(store: LocalStore, step: int) -> None:
+def commit(store: Store, step: int) -> None:
     """Write and commit a step."""
     staging = store.stage(RUN, step)
     try:
         for name in FILES:
-            path = staging.path / name
-            path.parent.mkdir(exist_ok=True)
-            path.write_bytes(content(step, name))
+            durable.make_parents(staging.path / name)
+            durable.write_new(staging.path / name, content(step, name))
         records = {name: record_file(staging.path / name) for name in FILES}
         staging.commit(Manifest(run=RUN, step=step, time="2026-01-01", world_size=1, files=records))
     finally:
         store.release(staging)
 
 
-def read(store: LocalStore, newest: int) -> int:
+def read(store: Store, newest: int) -> int:
     """Read the newest step whole under a lease; return its number, or the one before if a pruner was faster."""
     checkpoint = store.latest(RUN)
     assert checkpoint is not None, "no checkpoint, where there always is one"
@@ -44,8 +43,8 @@ def read(store: LocalStore, newest: int) -> int:
     try:
         with checkpoint.lease():
             for name in FILES:
-                assert (checkpoint.path / name).read_bytes() == content(checkpoint.step, name), f"{name} is mixed"
-                assert record_file(checkpoint.path / name) == checkpoint.manifest.files[name]
+                assert (checkpoint.root / name).read_bytes() == content(checkpoint.step, name), f"{name} is mixed"
+                assert record_file(checkpoint.root / name) == checkpoint.manifest.files[name]
     except NotACheckpointError:
         return newest
     return checkpoint.step
@@ -53,8 +52,8 @@ def read(store: LocalStore, newest: int) -> int:
 
 def main() -> None:
     """Do the role's work until the time is over."""
-    role, root, seconds, step, stride = sys.argv[1], Path(sys.argv[2]), *map(float, sys.argv[3:])
-    store, end, count, newest = LocalStore(root), time.monotonic() + seconds, 0, 0
+    role, url, seconds, step, stride = *sys.argv[1:3], *map(float, sys.argv[3:])
+    store, end, count, newest = open_store(url), time.monotonic() + seconds, 0, 0
     while time.monotonic() < end:
         match role:
             case "write":
@@ -66,7 +65,7 @@ def main() -> None:
                 steps = [c.step for c in store.list(RUN)]
                 assert steps == sorted(set(steps))
             case "prune":
-                store.prune(RUN, Retention(keep_last=2))
+                assert store.prune(RUN, Retention(keep_last=2)).errors == ()
         count += 1
     print(count)
 

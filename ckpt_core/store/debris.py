@@ -1,0 +1,125 @@
+"""What dies in an object store: steps that are pruned, what dead writers, readers and pruners left, damaged steps."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING
+
+from ckpt_core.errors import DamagedError, NotACheckpointError
+from ckpt_core.format.manifest import MANIFEST_NAME, Manifest
+from ckpt_core.store import objects, records
+from ckpt_core.store.checkpoint import open_remote
+from ckpt_core.store.deletions import attempt
+from ckpt_core.store.names import DAMAGED, TRASH
+
+if TYPE_CHECKING:
+    from upath import UPath
+
+
+def bury(path: UPath, manifest: Manifest) -> UPath:
+    """Move the manifest of a step, which ends it, to the trash; return where that is. Needs `records.alone`."""
+    trash = path.parent / f"{TRASH}{records.lease_key(path.name, manifest)}"
+    objects.write(trash / MANIFEST_NAME, manifest.to_bytes())
+    objects.delete(path / MANIFEST_NAME)
+    return trash
+
+
+def empty(trash: UPath) -> None:
+    """Delete the files of a step whose manifest is gone; those that somebody still reads go the next time."""
+    manifest, step = records.manifest_of(trash), trash.name.removeprefix(TRASH).partition(".")[0]
+    if manifest is None or records.is_leased(trash.parent, step, manifest):
+        return
+    target = trash.parent / step
+    below = target / manifest.directory
+    objects.delete_all(below, objects.sizes_below(below) if manifest.directory else manifest.files)
+    objects.delete(trash / MANIFEST_NAME)
+
+
+def delete_unless_committed(target: UPath, directory: str) -> None:
+    """Delete the files below a directory of a step, unless its manifest names that directory."""
+    manifest = records.manifest_of(target)
+    if manifest is None or manifest.directory != directory:
+        objects.delete_all(target / directory, objects.sizes_below(target / directory))
+
+
+def _keep_if_committed(trash: UPath) -> None:
+    """Forget a pruner's intention, if it died before it deleted the manifest."""
+    manifest, target = records.manifest_of(trash), trash.parent / trash.name.removeprefix(TRASH).partition(".")[0]
+    committed = records.manifest_of(target)
+    if manifest is not None and committed is not None and manifest.digest() == committed.digest():
+        objects.delete(trash / MANIFEST_NAME)
+
+
+def sweep(run: UPath) -> Iterator[tuple[UPath, str | None]]:
+    """Delete what dead writers, readers and pruners left; yield each place, with what went wrong."""
+    for kind in (records.LEASES, records.LOCKS):
+        for record in records.records_in(run / kind):
+            if record.dead:
+                yield record.place, attempt(record.place, partial(objects.delete, record.place))
+    yield from sweep_staging(run)
+    for name in objects.names_in(run):
+        if name.startswith(TRASH):
+            trash = run / name
+            with records.alone(run):
+                revived = attempt(trash, partial(_keep_if_committed, trash))
+            error = revived or attempt(trash, partial(empty, trash))
+            if error or not objects.exists(trash / MANIFEST_NAME):
+                yield trash, error
+
+
+def sweep_staging(run: UPath) -> Iterator[tuple[UPath, str | None]]:
+    """Delete what writers left whose time is over; yield each place, with what went wrong."""
+    for record in records.records_in(run / records.STAGING):
+        if record.dead:
+            step, _, data = record.key.partition(".")
+            error = attempt(record.place, partial(delete_unless_committed, run / step, data))
+            if error is None:
+                record.delete()
+            yield run / step / data, error
+
+
+def set_aside(path: UPath) -> str | None:
+    """Move a step's files, if it is damaged, but for those that somebody writes; return a sentence about it."""
+    names = objects.sizes_below(path)
+    writers = _writers(path)  # after the files, before the manifest: who commits meanwhile is seen to have
+    try:
+        open_remote(path)
+    except (DamagedError, NotACheckpointError) as error:
+        committed = _directory_of(path)
+        if MANIFEST_NAME in names and committed is None and writers:
+            return f"{path}: damaged, but left as it is: a writer may be at work; repair again in a day. {error}"
+        if committed in writers:  # it died after its commit; what is set aside is not debris
+            writers.pop(committed).delete()
+        busy = set(writers) | _in_trash(path)
+        loose = [name for name in names if not {name, name.partition("/")[0]} & busy]
+        if not loose:
+            return None
+        aside = path.parent / f"{DAMAGED}{path.name}-{uuid.uuid4().hex}"
+        for name in sorted(loose, key=lambda name: name != MANIFEST_NAME):
+            objects.move(path / name, aside / name)
+        return f"{path}: set aside as {aside.name}, so that the step can be saved again. It was damaged: {error}"
+    return None
+
+
+def _writers(path: UPath) -> dict[str | None, records.Record]:
+    """Return the notes of those who write a step, by the directory that they write."""
+    notes = [(*record.key.partition("."), record) for record in records.records_in(path.parent / records.STAGING)]
+    return {directory: record for step, _, directory, record in notes if step == path.name}
+
+
+def _in_trash(path: UPath) -> set[str]:
+    """Return the names below a step's directory that pruners have yet to delete."""
+    trash = [name for name in objects.names_in(path.parent) if name.startswith(f"{TRASH}{path.name}.")]
+    manifests = [records.manifest_of(path.parent / name) for name in trash]
+    return {name for m in manifests if m for name in ([m.directory] if m.directory else m.files)}
+
+
+def _directory_of(path: UPath) -> str | None:
+    """Return the directory that a step's manifest names; None if there is no manifest that can be read."""
+    try:
+        manifest = records.manifest_of(path)
+    except DamagedError:
+        return None
+    return manifest.directory if manifest else None

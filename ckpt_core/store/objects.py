@@ -1,0 +1,188 @@
+"""Objects below a URL, through fsspec: always read fresh, listed many at a time, and created only once."""
+
+# fsspec is not annotated.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, cast
+
+from ckpt_core.errors import ArgumentError, CommitError, StepExistsError
+
+if TYPE_CHECKING:
+    from upath import UPath
+
+    from ckpt_core.urls import Place
+
+_BATCH = 1000
+_CONFLICT, _PRECONDITION_FAILED = 409, 412
+_TRIES = 6
+_FIRST_WAIT_S = 0.1
+
+
+def remote_place(url: str | Place) -> UPath:
+    """Return the place of a URL, whose listings are never cached: others write there too.
+
+    Raises:
+        ArgumentError: its scheme needs a package that is not installed, or there is none.
+    """
+    from upath import UPath
+
+    try:
+        place = UPath(url, use_listings_cache=False)
+        _ = place.fs  # finds the scheme's file system
+    except (ImportError, ValueError) as error:
+        raise ArgumentError(f"{url}: no store that can be reached here ({error}).") from None
+    return place if place.name or place.parent == place else place.parent  # a slash at the end names no other place
+
+
+def names_in(directory: UPath) -> list[str]:
+    """Return the names directly below a directory, sorted; none where there is no such directory."""
+    try:
+        paths = cast("list[str]", _call(directory, "ls", detail=False))
+    except FileNotFoundError:
+        return []
+    base = directory.path.rstrip("/") + "/"
+    names = {path.rstrip("/").removeprefix(base) for path in paths if path.rstrip("/").startswith(base)}
+    return sorted(names - {""})
+
+
+def sizes_below(directory: UPath) -> dict[str, int]:
+    """Return the size in bytes of each object below a directory, by its path relative to it, from one listing."""
+    base = directory.path.rstrip("/") + "/"
+    found = cast("dict[str, dict[str, Any]]", _call(directory, "find", detail=True))
+    return {
+        path.removeprefix(base): int(entry["size"])
+        for path, entry in found.items()
+        if path.startswith(base) and not path.endswith("/")  # a console's mark of an empty directory
+    }
+
+
+def exists(place: UPath) -> bool:
+    """Whether there is an object."""
+    return bool(_call(place, "isfile"))
+
+
+def size(place: UPath) -> int:
+    """Return an object's size in bytes.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    entry = cast("dict[str, Any]", _call(place, "info"))
+    if entry["type"] != "file":
+        raise FileNotFoundError(f"{place}: no object.")
+    return int(entry["size"])
+
+
+def read(place: UPath) -> bytes:
+    """Return an object's bytes."""
+    return bytes(_call(place, "cat_file"))
+
+
+def write(place: UPath, data: bytes) -> None:
+    """Give an object new bytes, whether or not it exists."""
+    _call(place, "pipe_file", data)
+
+
+def move(source: UPath, target: UPath) -> None:
+    """Copy an object within the store, then delete the first."""
+    _call(source, "cp_file", target.path)
+    delete(source)
+
+
+def delete(place: UPath) -> None:
+    """Delete an object; one that is gone is fine."""
+    with suppress(FileNotFoundError):
+        _call(place, "rm_file")
+
+
+def delete_all(directory: UPath, names: Iterable[str]) -> None:
+    """Delete objects below a directory, many in a request; those that are gone are fine."""
+    ordered = sorted(names)
+    for batch in (ordered[i : i + _BATCH] for i in range(0, len(ordered), _BATCH)):
+        try:
+            _delete_many(directory, batch)
+        except FileNotFoundError:  # somebody else deletes the same
+            for name in batch:
+                delete(directory / name)
+
+
+def _delete_many(directory: UPath, names: list[str]) -> None:
+    base = directory.path.rstrip("/")
+    if set("*?[") & set("".join([base, *names])):  # fsspec would take them for patterns
+        for name in names:
+            delete(directory / name)
+    else:
+        files: Any = directory.fs
+        with _plain_errors(directory):
+            files.rm([f"{base}/{name}" for name in names])
+
+
+def create(place: UPath, data: bytes) -> None:
+    """Write an object that must not exist yet: of several writers at the same time, one succeeds.
+
+    Raises:
+        StepExistsError: it exists; nothing was changed.
+        CommitError: whether it was written is not known, or others' attempts kept it from being written.
+    """
+    for number in range(_TRIES):
+        try:
+            _call(place, "pipe_file", data, mode="create")
+        except OSError as error:
+            status = _http_status(error)
+            if isinstance(error, FileExistsError) or status == _PRECONDITION_FAILED:
+                if _holds(place, data):  # an attempt of ours, whose answer was lost
+                    return
+                raise StepExistsError(
+                    f"{place}: exists; a committed step never changes. Save under another step or run."
+                ) from None
+            if status != _CONFLICT:
+                if _holds(place, data):
+                    return
+                raise CommitError(
+                    f"{place}: whether it was written is not known ({error}). Save the same step again: if it was, "
+                    "that is a StepExistsError."
+                ) from error
+        else:
+            return
+        time.sleep(_FIRST_WAIT_S * 2**number)
+    raise CommitError(f"{place}: not written, the store told of conflicting writes {_TRIES} times; save again.")
+
+
+def _holds(place: UPath, data: bytes) -> bool:
+    try:
+        return read(place) == data
+    except OSError:
+        return False
+
+
+def _http_status(error: OSError) -> int | None:
+    """Return the status that an object store answered with, where fsspec's error tells."""
+    response = getattr(error.__cause__, "response", None)
+    if isinstance(response, dict):
+        metadata = cast("dict[str, dict[str, Any]]", response).get("ResponseMetadata", {})
+        return metadata.get("HTTPStatusCode")
+    return None
+
+
+def _call(place: UPath, method: str, *arguments: Any, **options: Any) -> Any:
+    """Call fsspec about a place, without what it remembers of it."""
+    files: Any = place.fs
+    files.invalidate_cache()
+    with _plain_errors(place):
+        return getattr(files, method)(place.path, *arguments, **options)
+
+
+@contextmanager
+def _plain_errors(place: UPath) -> Generator[None]:
+    """Make an OSError, like all the rest, of what fsspec's plugins raise of their own where a network fails."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{place}: {type(error).__name__}: {error}") from error

@@ -1,0 +1,80 @@
+"""`PyTorchCheckpoint` in an object store: saved there, restored from there, and referred to by its URL."""
+
+import pytest
+import torch
+from object_stores import s3_server  # noqa: F401 - a fixture
+from small_models import layers, train
+
+from ckpt_core import PyTorchCheckpoint, open_store
+from ckpt_core.errors import DamagedError, StepExistsError
+from ckpt_core.verify import verify
+
+
+@pytest.fixture
+def url(s3_server):  # noqa: F811 - the fixture
+    """The URL of an empty store on S3."""
+    return f"{s3_server.new_bucket()}/store"
+
+
+def trained():
+    """A model and its optimizer, after some steps."""
+    model = layers(0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.001)
+    train(model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, step_size=1), 2)
+    return model, optimizer
+
+
+def test_saved_and_restored(url):
+    """A model, its optimizer, the trainer's counters and the assets go to S3, and come back bit for bit."""
+    model, optimizer = trained()
+    saved = PyTorchCheckpoint(model, {"layers": 3}, optimizer).save(url, step=5, trainer={"seen": 7})
+    assert saved.url.startswith(f"{url}/default/step_")
+    loaded = PyTorchCheckpoint.from_json(saved.to_json())
+    other = layers(1)
+    moments = torch.optim.Adam(other.parameters(), lr=0.5)
+    assert loaded.restore(other, moments) == {"seen": 7}
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], tensor)
+    assert moments.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+    state = loaded["module_state_dict"]
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    assert loaded["layers"] == 3
+    with pytest.raises(StepExistsError):
+        PyTorchCheckpoint(model).save(url, step=5)
+
+
+def test_written_before_its_manifest(url, s3_server):  # noqa: F811
+    """What the ranks write is on S3, whole, before the manifest is."""
+    s3_server.requests.clear()
+    PyTorchCheckpoint(trained()[0]).save(url, step=5)
+    writes = [request for request in s3_server.requests if request.method == "PUT" and "/step_" in request.path]
+    assert {request.path.rsplit("/", 1)[1] for request in writes[:-1]} > {".metadata", "__0_0.distcp"}
+    assert writes[-1].path.endswith("/step_0000000005/manifest.json")
+
+
+def test_whole_and_damaged(url):
+    """A step on S3 verifies; one of whose files a byte was changed does not, and the file is named."""
+    model, _ = trained()
+    saved = PyTorchCheckpoint(model).save(url, step=5)
+    assert verify(saved.url).passed
+    checkpoint = open_store(url).latest("default")
+    file = checkpoint.root / "model" / "__0_0.distcp"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(bytes(data))
+    report = verify(saved.url)
+    assert not report.passed
+    assert any("__0_0.distcp" in check.detail for check in report.checks if not check.passed)
+
+
+def test_a_chunk_that_was_changed(url):
+    """Restoring from a damaged file on S3 is an error that names it, not a wrong model."""
+    model, _ = trained()
+    saved = PyTorchCheckpoint(model).save(url, step=5)
+    file = open_store(url).latest("default").root / "model" / "__0_0.distcp"
+    data = bytearray(file.read_bytes())
+    for place in range(1000, len(data) - 1000, 500):
+        data[place] ^= 1
+    file.write_bytes(bytes(data))
+    with pytest.raises(DamagedError, match="__0_0"):
+        PyTorchCheckpoint.from_json(saved.to_json()).restore(layers(1))

@@ -1,0 +1,365 @@
+"""A store without renames and locks: data first, then the manifest, and notes with a time on them."""
+
+import itertools
+import json
+import threading
+import time
+import uuid
+from dataclasses import replace
+from importlib.resources import files
+
+import fsspec
+import jsonschema
+import pytest
+from object_stores import s3_server  # noqa: F401 - a fixture
+
+from ckpt_core.errors import (
+    ArgumentError,
+    CheckpointError,
+    CommitError,
+    DamagedError,
+    NotACheckpointError,
+    StepExistsError,
+)
+from ckpt_core.format.manifest import MANIFEST_NAME
+from ckpt_core.store import Pruned, open_checkpoint, open_store, records, step_name
+from ckpt_core.store.remote import RemoteStore
+from ckpt_core.testing.store_contract import FILES, NEWEST, RUN, check, commit, everything, fill, steps
+
+DAY = 24 * 3600
+
+
+@pytest.fixture
+def store():
+    """An empty store in memory."""
+    return RemoteStore(f"memory://{uuid.uuid4().hex}/store")
+
+
+@pytest.fixture
+def s3(s3_server):  # noqa: F811 - the fixture
+    """An empty store on S3, and a server with an empty log."""
+    store = open_store(f"{s3_server.new_bucket()}/store")
+    s3_server.requests.clear()
+    s3_server.failures.clear()
+    return store
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock to set: it runs on from the number of seconds that it is given."""
+    real, offset = time.time, [0]
+    monkeypatch.setattr(records.time, "time", lambda: real() + offset[0])
+    return lambda seconds: offset.__setitem__(0, seconds)
+
+
+class TestS3:
+    """What goes over the wire."""
+
+    def test_the_manifest_is_written_last_and_once(self, s3, s3_server):  # noqa: F811
+        """All data is written before the manifest, which is written under `If-None-Match: *`."""
+        commit(s3, 7)
+        writes = [r for r in s3_server.requests if r.method == "PUT" and f"/{step_name(7)}/" in r.path]
+        assert [request.condition for request in writes][-1] == "*"
+        assert writes[-1].path.endswith(f"/{RUN}/{step_name(7)}/{MANIFEST_NAME}")
+        assert sorted(request.path.split("/", 5)[-1].split("/", 1)[1] for request in writes[:-1]) == sorted(FILES)
+
+    def test_sizes_come_from_one_listing(self, s3, s3_server):  # noqa: F811
+        """Opening a step reads its manifest and lists its files: no request for each of them."""
+        url = commit(s3, 7).url
+        s3_server.requests.clear()
+        open_checkpoint(url)
+        assert not [request for request in s3_server.requests if "/model/" in request.path]
+        assert len(s3_server.requests) <= 4, s3_server.requests
+
+    def test_a_conflict_is_tried_again(self, s3, s3_server, monkeypatch):  # noqa: F811
+        """Where S3 answers 409, which means that others write at the same time, the manifest is sent again."""
+        s3_server.failures += [(409, False), (409, False)]
+        commit(s3, 7)
+        assert steps(s3.list(RUN)) == [7]
+        monkeypatch.setattr("ckpt_core.store.objects._FIRST_WAIT_S", 0)
+        s3_server.failures += [(409, False)] * 6
+        with pytest.raises(CommitError, match="conflicting writes 6 times"):
+            commit(s3, 8)
+        assert steps(s3.list(RUN)) == [7]
+
+    @pytest.mark.parametrize("status", [412, 400])
+    def test_a_lost_answer(self, s3, s3_server, status):  # noqa: F811
+        """A manifest that was written, though the answer says otherwise, is a commit: it is read back."""
+        s3_server.failures.append((status, True))
+        check(commit(s3, 7))
+        check(s3.latest(RUN))
+
+    def test_an_outcome_that_is_not_known(self, s3, s3_server, clock):  # noqa: F811
+        """Where the manifest's writing failed it may still arrive: the data stays until nobody can wait for it."""
+        s3_server.failures.append((400, False))
+        with pytest.raises(CommitError, match="not known"):
+            commit(s3, 7)
+        assert len(everything(s3)) == len(FILES) + 1
+        commit(s3, 7)
+        clock(2 * DAY)
+        s3.prune(RUN, NEWEST)
+        check(s3.latest(RUN))
+        assert len(everything(s3)) == len(FILES) + 1
+
+    def test_writers_at_the_same_time(self, s3):
+        """Of five writers that commit a step at the same moment exactly one wins, and its step is whole."""
+        staged = [s3.stage(RUN, 7) for _ in range(5)]
+        manifests = [fill(staging, 7, writer) for writer, staging in enumerate(staged)]
+        barrier, won = threading.Barrier(5), []
+
+        def race(writer):
+            barrier.wait()
+            try:
+                staged[writer].commit(manifests[writer])
+            except StepExistsError:
+                return
+            won.append(writer)
+
+        threads = [threading.Thread(target=race, args=(writer,)) for writer in range(5)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for staging in staged:
+            s3.release(staging)
+        check(s3.latest(RUN), *won)
+        assert len(won) == 1
+
+    def test_a_store_that_cannot_be_reached(self, s3, s3_server):  # noqa: F811
+        """A bucket that is not there is an OSError, or an empty store, never a crash of the client library."""
+        missing = open_store("s3://no-such-bucket-anywhere/store")
+        assert missing.runs() == []
+        with pytest.raises(OSError, match="bucket"):
+            missing.stage(RUN, 1)
+
+
+class TestExpiry:
+    """Who died is told by the time."""
+
+    def test_a_dead_writers_files(self, store, clock):
+        """What a dead writer left goes a day and an hour later, with the next stage or prune, and not before."""
+        fill(store.stage(RUN, 7), 7)
+        fill(store.stage(RUN, 7), 7)
+        assert len(everything(store)) == 2 * (len(FILES) + 1)
+        clock(DAY)
+        commit(store, 1)
+        assert len(everything(store)) == 2 * (len(FILES) + 1) + len(FILES) + 1
+        clock(DAY + 3700)
+        store.prune(RUN, NEWEST)
+        assert len(everything(store)) == len(FILES) + 1
+
+    def test_a_writer_that_is_too_late(self, store, clock):
+        """A writer whose files may be taken for debris does not commit."""
+        staging = store.stage(RUN, 7)
+        manifest = fill(staging, 7)
+        clock(DAY + 1)
+        with pytest.raises(CommitError, match="began more than 24 hours ago"):
+            staging.commit(manifest)
+        store.release(staging)
+        assert everything(store) == {}
+
+    def test_a_writer_that_died_after_the_commit(self, store, clock):
+        """The note of a writer that died between its commit and its release goes, the step stays."""
+        staging = store.stage(RUN, 7)
+        staging.commit(fill(staging, 7))
+        clock(2 * DAY)
+        store.prune(RUN, NEWEST)
+        check(store.latest(RUN))
+        assert len(everything(store)) == len(FILES) + 1
+
+    def test_a_dead_readers_lease(self, store, clock):
+        """A reader that died keeps a step for a day; then it can be pruned, and the lease goes too."""
+        first = commit(store, 1)
+        commit(store, 2)
+        lease = first.lease()
+        lease.__enter__()
+        assert store.prune(RUN, NEWEST) == Pruned(leased=(1,))
+        clock(DAY + 3700)
+        assert store.prune(RUN, NEWEST) == Pruned(deleted=(1,))
+        assert len(everything(store)) == len(FILES) + 1
+        lease.__exit__(None, None, None)
+
+    def test_a_dead_pruners_lock(self, store, clock, monkeypatch):
+        """Who died while it pruned locks the run for ten minutes; the error says until when."""
+        monkeypatch.setattr(records, "_LOCK_WAIT_S", 0.1)
+        commit(store, 1)
+        records.write(store.root / RUN / records.LOCKS, "run", records.LOCK_S)
+        with pytest.raises(CheckpointError, match=r"by somebody else .* UTC"):
+            store.pin(RUN, "best", 1)
+        clock(records.LOCK_S + 1)
+        store.pin(RUN, "best", 1)
+        assert store.pins(RUN) == {"best": 1}
+
+
+class TestPruners:
+    """Readers, pruners and pins between each other's steps."""
+
+    def test_a_reader_between_the_manifest_and_the_files(self, store, monkeypatch):
+        """A reader that leased a step just before its manifest went keeps the files; they go with the next prune."""
+        first = commit(store, 1)
+        commit(store, 2)
+        lease = first.lease()
+        real = records.is_leased
+        looked = itertools.count()
+
+        def leased_meanwhile(*arguments):
+            found = real(*arguments)
+            if next(looked) == 0:  # after the first look, before the manifest goes
+                lease.__enter__()
+            return found
+
+        monkeypatch.setattr(records, "is_leased", leased_meanwhile)
+        assert store.prune(RUN, NEWEST) == Pruned(deleted=(1,))
+        check(first)
+        assert steps(store.list(RUN)) == [2]
+        lease.__exit__(None, None, None)
+        assert store.prune(RUN, NEWEST) == Pruned()
+        assert len(everything(store)) == len(FILES) + 1
+
+    @pytest.mark.parametrize("deleted", [False, True])
+    def test_a_pruner_that_died(self, store, monkeypatch, deleted):
+        """A pruner that died before the manifest went deleted nothing; after it, the next one finishes."""
+        commit(store, 1)
+        commit(store, 2)
+
+        class DiedError(BaseException):
+            pass
+
+        def die(*_):
+            raise DiedError
+
+        target = "ckpt_core.store.debris.empty" if deleted else "ckpt_core.store.objects.delete"
+        with monkeypatch.context() as patch:
+            patch.setattr(target, die)
+            with pytest.raises(DiedError):
+                store.prune(RUN, NEWEST)
+        for record in records.records_in(store.root / RUN / records.LOCKS):
+            record.delete()
+        assert steps(store.list(RUN)) == ([2] if deleted else [1, 2])
+        done = store.repair(RUN)
+        assert len(done) == 1
+        assert steps(store.list(RUN)) == ([2] if deleted else [1, 2])
+        assert len(everything(store)) == len(steps(store.list(RUN))) * (len(FILES) + 1)
+
+    def test_saved_again_under_a_lease(self, store):
+        """A step that was pruned and saved again is another one: it is not what was listed before."""
+        listed = commit(store, 1)
+        commit(store, 2)
+        store.prune(RUN, NEWEST)
+        commit(store, 1)
+        with pytest.raises(NotACheckpointError), listed.lease():
+            pytest.fail("leased")
+
+    def test_a_pin_that_comes_between(self, store, monkeypatch):
+        """A step that is pinned after the policy was applied, and before the manifest goes, stays."""
+        commit(store, 1)
+        commit(store, 2)
+        real = RemoteStore._bury
+        monkeypatch.setattr(RemoteStore, "_bury", lambda self, c: (store.pin(RUN, "best", 1), real(self, c))[1])
+        assert store.prune(RUN, NEWEST) == Pruned(leased=(1,))
+        assert steps(store.list(RUN)) == [1, 2]
+
+    def test_a_reader_without_the_right_to_write(self, store, monkeypatch, caplog):
+        """Who may only read does so without a lease, and is told."""
+        checkpoint = commit(store, 1)
+
+        def refuse(*_):
+            raise PermissionError("AccessDenied")
+
+        monkeypatch.setattr("ckpt_core.store.objects.write", refuse)
+        with checkpoint.lease():
+            check(checkpoint)
+        assert "read without a lease" in caplog.text
+
+    def test_a_failed_deletion_in_the_background(self, store, monkeypatch):
+        """What went wrong in the background is told by `wait`, once; the next prune finishes it."""
+        commit(store, 1)
+        commit(store, 2)
+
+        def fail(*_):
+            raise OSError("no network")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("ckpt_core.store.objects.delete_all", fail)
+            assert store.prune(RUN, NEWEST, background=True) == Pruned(deleted=(1,))
+            (error,) = store.wait()
+        assert "no network" in error
+        assert store.wait() == ()
+        assert store.prune(RUN, NEWEST) == Pruned()
+        assert len(everything(store)) == len(FILES) + 1
+
+
+class TestManifest:
+    """The field that only stores without renames write."""
+
+    def test_the_schema_knows_it(self, store):
+        """A remote step's manifest names the directory of its files, as the schema has it."""
+        checkpoint = commit(store, 1)
+        schema = json.loads(files("ckpt_core.format").joinpath("manifest.schema.json").read_bytes())
+        document = json.loads((checkpoint.path / MANIFEST_NAME).read_bytes())
+        jsonschema.validate(document, schema)
+        assert checkpoint.root == checkpoint.path / document["directory"]
+
+    @pytest.mark.parametrize("directory", ["..", "../x", "/x", "a//b", "a/./b", "a\0", "file:/x", "s3://b/x", 1])
+    def test_a_directory_that_leads_elsewhere(self, store, directory):
+        """A manifest whose files would lie elsewhere than below the step is refused, though its digest is right."""
+        checkpoint = commit(store, 1)
+        damaged = replace(checkpoint.manifest, directory=directory)
+        (checkpoint.path / MANIFEST_NAME).write_bytes(damaged.to_bytes())
+        with pytest.raises(DamagedError, match="not a manifest"):
+            open_checkpoint(checkpoint.url)
+        assert store.latest(RUN) is None
+
+    def test_one_that_is_too_large(self, store, monkeypatch):
+        """A manifest of an absurd size is refused before it is read."""
+        checkpoint = commit(store, 1)
+        monkeypatch.setattr("ckpt_core.store.checkpoint.MAX_BYTES", 10)
+        monkeypatch.setattr("ckpt_core.store.objects.read", lambda _: pytest.fail("read"))
+        with pytest.raises(DamagedError, match="larger than 10 bytes"):
+            open_checkpoint(checkpoint.url)
+
+
+class TestPlaces:
+    """Where a remote store may be, and what may lie there."""
+
+    def test_a_directory_that_was_uploaded(self, store, tmp_path):
+        """A local store's step that was copied up as it is can be read, listed and pruned there."""
+        for step in (1, 2):
+            path = commit(open_store(tmp_path), step).path
+            for name in (*FILES, MANIFEST_NAME):
+                (store.root / RUN / path.name / name).write_bytes((path / name).read_bytes())
+        check(store.latest(RUN))
+        with store.list(RUN)[0].lease():
+            assert store.prune(RUN, NEWEST) == Pruned(leased=(1,))
+        assert store.prune(RUN, NEWEST) == Pruned(deleted=(1,))
+        assert len(everything(store)) == len(FILES) + 1
+
+    def test_names_that_are_patterns(self, store):
+        """Files whose names hold `*`, `?` or `[` are deleted as they are, and no others with them."""
+        staging = store.stage(RUN, 1)
+        for name in ("a*", "ab", "[b]"):
+            (staging.path / name).write_bytes(b"")
+        (store.root / RUN / "note").write_bytes(b"")
+        store.release(staging)
+        assert list(everything(store)) == [f"{RUN}/note"]
+
+    @pytest.mark.parametrize("url", ["memory://x/y/", "memory://x/y"])
+    def test_a_slash_at_the_end(self, url):
+        """A slash at the end of a URL names no other place."""
+        assert RemoteStore(url).url == "memory://x/y"
+
+    @pytest.mark.parametrize("url", ["nosuch://bucket/x", "http://[x"])
+    def test_urls_that_lead_nowhere(self, url):
+        """A URL of an unknown scheme is refused, and what is missing is named."""
+        with pytest.raises(ArgumentError, match=r"no store that can be reached"):
+            open_store(url)
+
+    def test_what_others_write_is_seen(self, store, s3_server):  # noqa: F811
+        """Listings are not remembered: what another client wrote or deleted meanwhile shows."""
+        store = open_store(f"{s3_server.new_bucket()}/store")
+        other = fsspec.filesystem("s3", skip_instance_cache=True)
+        assert store.list(RUN) == []
+        commit(store, 1)
+        assert steps(store.list(RUN)) == [1]
+        other.rm(f"{store.root.path}/{RUN}/{step_name(1)}/{MANIFEST_NAME}")
+        assert store.list(RUN) == []
