@@ -282,6 +282,22 @@ class TestStep:
         assert verify(store.list("default")[0].path, progress=prune).passed
         assert pruned == [Pruned(leased=(1,))]
 
+    def test_a_step_elsewhere(self, tmp_path):
+        """A step that was committed to an object store is verified there, and one changed byte fails its digest."""
+        store = f"memory://{tmp_path.name}"
+        try:
+            saved = PyTorchCheckpoint(nn.Linear(3, 3)).save(store, step=1)
+            report = verify(saved.url)
+            assert report.passed, report
+            assert [check.name for check in report.checks] == ["manifest", "digests", "structure", "crc32", "values"]
+            [shard] = UPath(saved.url).rglob("*.distcp")
+            data = bytearray(shard.read_bytes())
+            data[-1] ^= 1  # no byte of a tensor: the comment's length, at the end of the last zip
+            shard.write_bytes(data)
+            assert "digests" in failed(verify(saved.url))
+        finally:
+            UPath(store).rmdir(recursive=True)
+
     def test_a_directory_elsewhere(self, made, step):
         """A DCP directory in an object store passes and fails as it does here."""
         place = UPath(f"memory://verify/{made.name}/step_0000000001")
