@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pydantic_core import CoreSchema
 
     from ckpt_core.commit import Parts
+    from ckpt_core.urls import Place
 else:
 
     class _Torch:
@@ -353,7 +354,7 @@ class PyTorchCheckpoint(DataClassJsonMixin):
             )
         return checkpoint
 
-    def _component(self, checkpoint: Checkpoint, name: str) -> Path:
+    def _component(self, checkpoint: Checkpoint, name: str) -> Place:
         path = checkpoint.component(name)
         if path is None:
             raise MismatchError(f"{checkpoint.path}: has no {name}; it was saved without one.")

@@ -12,17 +12,22 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import safetensors
 import torch
+from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
 
+from ckpt_core import durable
 from ckpt_core.errors import DamagedError
 
+if TYPE_CHECKING:
+    from ckpt_core.urls import Place
+
 STATE_NAME = "state.json"
+_MAX_BYTES = 1 << 26
 
 
 def content(state: Mapping[str, Any], rank: int) -> dict[str, bytes]:
@@ -33,7 +38,7 @@ def content(state: Mapping[str, Any], rank: int) -> dict[str, bytes]:
     return files
 
 
-def load(directory: Path) -> dict[str, Any]:
+def load(directory: Place) -> dict[str, Any]:
     """Read the counters.
 
     Raises:
@@ -46,7 +51,7 @@ def load(directory: Path) -> dict[str, Any]:
         raise DamagedError(f"{path}: not readable ({error}); restore a copy or load an older step.") from None
 
 
-def restore_generators(directory: Path, rank: int) -> bool:
+def restore_generators(directory: Place, rank: int) -> bool:
     """Set this rank's generators to what they were; tell whether the checkpoint has them for this rank.
 
     A checkpoint that more ranks load than saved it has none for the last ones, which keep their own.
@@ -55,13 +60,19 @@ def restore_generators(directory: Path, rank: int) -> bool:
     if not path.exists():
         return False
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            details = json.loads(file.metadata()["generators"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        _restore(tensors, details)
+        data = _read(path)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        _restore(from_safetensors(data), json.loads(header["__metadata__"]["generators"]))
     except (safetensors.SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise DamagedError(f"{path}: not the state of generators ({error}); load an older step.") from None
     return True
+
+
+def _read(path: Place) -> bytes:
+    size = durable.file_size(path)
+    if size is None or size > _MAX_BYTES:
+        raise ValueError(f"expected a file of at most {_MAX_BYTES} bytes, found {size}")
+    return path.read_bytes()
 
 
 def _rank_name(rank: int) -> str:
