@@ -124,15 +124,18 @@ def test_an_error_of_one_rank_is_told_by_all(tmp_path):
     assert left(tmp_path) == ["step_0000000005"]
 
 
-def test_a_write_that_takes_too_long_is_given_up(tmp_path):
-    """When its time is up `close` says which step is not committed; it never will be, and the next save commits."""
+@pytest.mark.parametrize("last", ["wait", "close"])
+def test_a_write_that_takes_too_long_is_given_up(tmp_path, last):
+    """When time is up the error names the step; it never will be committed, the saver is closed, and others save."""
     training, store = Training(seed=0), HeldStore(tmp_path)
     saver = AsyncSaver(store)
     saver.save(of(training), **arguments(training, 7))
     began = time.monotonic()
     with pytest.raises(CommitError, match=r"step 7 of run 'default': not committed: given up .* time was up"):
-        saver.close(timeout=0.3)
+        getattr(saver, last)(timeout=0.3)
     assert time.monotonic() - began < 2
+    with pytest.raises(ArgumentError, match="closed"):
+        saver.save(of(training), **arguments(training, 8))
     store.go.set()
     with AsyncSaver(tmp_path) as other:
         other.save(of(training), **arguments(training, 8))

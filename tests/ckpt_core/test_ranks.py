@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from gloo_ranks import Outcome, attempt, run_ranks, values
 
-from ckpt_core import ranks
+from ckpt_core import io, ranks
 from ckpt_core.errors import StepExistsError
 
 
@@ -65,6 +66,31 @@ def test_three_ranks_succeed_or_fail_together() -> None:
             assert outcomes[name].text == "step 1 exists", name
         assert "odd" in outcomes["odd"].text
         assert outcomes["all fail"].text == f"rank {number}"
+
+
+def save_by_two(directory: Path) -> list[Any]:
+    """Let the last two of three ranks act as a group: exchange values, fail, and save what both have."""
+    pair = dist.new_group([1, 2], backend="gloo")
+    said: list[Any] = [ranks.gather(dist.get_rank())]
+    if dist.get_rank() > 0:
+        with ranks.within(pair):
+            assert ranks.group() is pair
+            said += [ranks.rank(), ranks.world_size(), ranks.gather(dist.get_rank()), ranks.first(dist.get_rank)]
+            said.append(attempt(ranks.first, lambda: on_rank(1, ValueError("one"))).text)
+            said.append(sorted(io.save({"w": torch.ones(2), "v": torch.ones(3)}, directory)))
+    return [*said, ranks.group(), ranks.world_size()]
+
+
+def test_a_group_acts_alone(tmp_path: Path) -> None:
+    """Within a group its ranks are numbered, exchange, fail and save without the others; afterwards all act again."""
+    first, second, third = values(run_ranks(3, save_by_two, tmp_path / "dcp"))
+    assert first == [[0, 1, 2], None, 3]
+    common = [2, [1, 2], 1, "one"]
+    assert second == [[0, 1, 2], 0, *common, [".metadata", "__0_0.distcp"], None, 3]
+    assert third == [[0, 1, 2], 1, *common, ["__1_0.distcp"], None, 3]
+    target = {"w": torch.zeros(2), "v": torch.zeros(3)}
+    io.load(target, tmp_path / "dcp")
+    assert target["w"].tolist() + target["v"].tolist() == [1.0] * 5
 
 
 def test_one_process_is_the_only_rank() -> None:
