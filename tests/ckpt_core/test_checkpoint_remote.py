@@ -1,9 +1,14 @@
 """`PyTorchCheckpoint` in an object store: saved there, restored from there, and referred to by its URL."""
 
+import os
+
 import pytest
+import remote_ranks
+import sharded_training
 import torch
+from gloo_ranks import run_ranks, values
 from object_stores import s3_server  # noqa: F401 - a fixture
-from small_models import layers, train
+from small_models import assert_same, layers, train
 
 from ckpt_core import PyTorchCheckpoint, open_store
 from ckpt_core.errors import DamagedError, StepExistsError
@@ -50,6 +55,19 @@ def test_written_before_its_manifest(url, s3_server):  # noqa: F811
     writes = [request for request in s3_server.requests if request.method == "PUT" and "/step_" in request.path]
     assert {request.path.rsplit("/", 1)[1] for request in writes[:-1]} > {".metadata", "__0_0.distcp"}
     assert writes[-1].path.endswith("/step_0000000005/manifest.json")
+
+
+def test_by_two_ranks(url):
+    """What two ranks saved to S3, each its own file, one process restores bit for bit."""
+    environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    (whole, text), _ = values(run_ranks(2, remote_ranks.save, url, environment, 2))
+    names = set(open_store(url).latest("default").manifest.files)
+    assert {"model/__0_0.distcp", "model/__1_0.distcp"} <= names
+    training = sharded_training.Training(seed=1)
+    loaded = PyTorchCheckpoint.from_json(text)
+    found = loaded.restore(training.model, training.optimizer, scheduler=training.scheduler)
+    assert found == {"step": 2}
+    assert_same(training.whole(), whole)
 
 
 def test_whole_and_damaged(url):
