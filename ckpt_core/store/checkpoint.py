@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ckpt_core import durable, locks
 from ckpt_core.errors import DamagedError, NotACheckpointError
-from ckpt_core.format.manifest import MANIFEST_NAME, MAX_BYTES, Manifest, parse_manifest, read_manifest
+from ckpt_core.format.manifest import FORMAT_VERSION, MANIFEST_NAME, MAX_BYTES, Manifest, parse_manifest, read_manifest
 from ckpt_core.store import objects, records
 from ckpt_core.store.names import DAMAGED, STAGING, TRASH, parse_step
 
@@ -87,6 +88,18 @@ def open_remote(path: UPath) -> Checkpoint:
             raise
         raise NotACheckpointError(f"{path}: deleted by a pruner meanwhile.") from None
     return checkpoint
+
+
+def is_newer(path: Place) -> bool:
+    """Whether a step that this library cannot read was committed by a later version of it, which can."""
+    place = path / MANIFEST_NAME
+    if not place.is_file() or place.stat().st_size > MAX_BYTES:
+        return False
+    try:
+        version = json.loads(place.read_bytes())["format_version"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
+    return isinstance(version, int) and version > FORMAT_VERSION
 
 
 def _read(path: Place, read: Callable[[], Manifest]) -> Checkpoint:

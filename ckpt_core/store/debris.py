@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ckpt_core.errors import DamagedError, NotACheckpointError
 from ckpt_core.format.manifest import MANIFEST_NAME, Manifest
 from ckpt_core.store import objects, records
-from ckpt_core.store.checkpoint import open_remote
+from ckpt_core.store.checkpoint import is_newer, open_remote
 from ckpt_core.store.deletions import attempt
 from ckpt_core.store.names import DAMAGED, TRASH
 
@@ -87,6 +87,8 @@ def set_aside(path: UPath) -> str | None:
     try:
         open_remote(path)
     except (DamagedError, NotACheckpointError) as error:
+        if is_newer(path):
+            return f"{path}: left as it is. {error}"
         committed = _directory_of(path)
         if MANIFEST_NAME in names and committed is None and writers:
             return f"{path}: damaged, but left as it is: a writer may be at work; repair again in a day. {error}"

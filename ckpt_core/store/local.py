@@ -26,7 +26,7 @@ from ckpt_core.durable import rename_new
 from ckpt_core.errors import DamagedError, NotACheckpointError, StepExistsError
 from ckpt_core.format.manifest import MANIFEST_NAME, Manifest
 from ckpt_core.retention import Retention
-from ckpt_core.store.checkpoint import Checkpoint, open_local
+from ckpt_core.store.checkpoint import Checkpoint, is_newer, open_local
 from ckpt_core.store.deletions import Deletions, attempt
 from ckpt_core.store.names import DAMAGED, PINS, STAGING, TRASH, check_name, check_step, is_name, parse_step, step_name
 from ckpt_core.store.pins import no_pin, parse_pin, pin_bytes
@@ -236,6 +236,8 @@ def _set_aside(path: Path) -> str | None:
         try:
             open_local(path)
         except (DamagedError, NotACheckpointError) as error:
+            if is_newer(path):
+                return f"{path}: left as it is. {error}"
             aside = path.with_name(f"{DAMAGED}{path.name}-{uuid.uuid4().hex}")
             path.rename(aside)
             durable.sync_directory(aside.parent)

@@ -281,6 +281,16 @@ class StoreContract:
             check(commit(store, step))
         assert steps(store.list(RUN)) == [0, 1, 2, 3]
 
+    def test_repair_leaves_what_a_later_version_wrote(self, store: Store) -> None:
+        """A step whose manifest has a later format is no damage: it is left as it is, and the reason is told."""
+        place = commit(store, 1).path / MANIFEST_NAME
+        place.write_bytes(place.read_bytes().replace(b'"format_version": 1', b'"format_version": 99'))
+        before = everything(store)
+        (said,) = store.repair(RUN)
+        assert "left as it is" in said
+        assert "update ckptflow" in said
+        assert everything(store) == before
+
     @pytest.mark.parametrize(
         "name", ["", ".", "..", "a/b", "../a", ".hidden", "a b", "ü", "a\0", "a\n", "x" * 65, "-a"]
     )
