@@ -567,7 +567,7 @@ class TestRaces:
         counts = race(store.url, 10, roles)
         with capsys.disabled():
             print(f"\nrace of 10 s on S3: {list(zip([role for role, _, _ in roles], counts, strict=True))}")
-        assert min(counts) > 1
+        assert min(counts) >= 1
         self.check_the_end(store)
         found = {name.split("/")[1] for name, _ in durable.files_below(store.root)}
         assert found == {c.path.name for c in store.list(RUN)}
