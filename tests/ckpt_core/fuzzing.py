@@ -14,13 +14,16 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from hostile_files import cheap
+from safetensors.torch import save
 
 from ckpt_core import io
 from ckpt_core.errors import CkptError
 from ckpt_core.format.index import METADATA_NAME, TWIN_NAME, read_index, twin_bytes
 from ckpt_core.format.manifest import MANIFEST_NAME, FileRecord, Manifest, read_manifest
+from ckpt_core.safetensors_header import read_header
 
 SHARD = "__0_0.distcp"
+WEIGHTS = "model.safetensors"
 SECONDS = 2.0
 """Of a processor, for one input."""
 
@@ -99,6 +102,7 @@ class Samples:
             TWIN_NAME: twin_bytes(read_index(self.directory)),
             SHARD: (self.directory / SHARD).read_bytes(),
             MANIFEST_NAME: manifest.to_bytes(),
+            WEIGHTS: save(state()["model"], {"format": "pt"}),
         }
         for name, data in self.good.items():  # a reader's first call may import things
             assert self.outcome(name, data) == "equal"
@@ -124,6 +128,11 @@ class Samples:
     def _read(self, name):
         if name == MANIFEST_NAME:
             assert read_manifest(self.directory).to_bytes() == self.manifest.to_bytes()
+            return
+        if name == WEIGHTS:
+            found = read_header(self.directory / name).values()
+            ends = {tensor.offset + tensor.nbytes for tensor in found}
+            assert max(ends, default=0) <= (self.directory / name).stat().st_size, "a tensor beyond the file's end"
             return
         found = blank()
         io.load(found, self.directory)

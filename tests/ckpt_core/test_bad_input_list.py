@@ -4,6 +4,7 @@ What each reader makes of one kind of damage in particular is tested beside it; 
 """
 
 import io as streams
+import json
 import os
 import pickle
 import shutil
@@ -347,3 +348,61 @@ def test_nothing_is_written_through_a_link(tmp_path, name):
     with pytest.raises(OSError, match=f"File exists.*{name}"):
         io.save({"w": W}, tmp_path / "dcp")
     assert (tmp_path / "precious").read_text() == "precious"
+
+
+def weights(header, data=bytes(24)):
+    """Return a safetensors file with this header."""
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+A = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
+B = {"dtype": "F32", "shape": [2], "data_offsets": [16, 24]}
+SAFETENSORS = {
+    "empty": b"",
+    "cut short": weights({"a": A, "b": B}, bytes(23)),
+    "bytes that are nobody's": weights({"a": A, "b": B}, bytes(25)),
+    "a header past the end": (1 << 40).to_bytes(8, "little") + b"{}",
+    "a large __metadata__": weights({"__metadata__": {"x": "y" * (17 << 20)}, "a": A, "b": B}),
+    "a long name": weights({"a" * 5000: A, "b": B}),
+    "an overlap": weights({"a": A, "b": {**B, "data_offsets": [8, 16]}}, bytes(16)),
+    "a gap": weights({"a": A, "b": {**B, "data_offsets": [17, 25]}}, bytes(25)),
+    "a shape that does not fit": weights({"a": {**A, "shape": [5]}, "b": B}),
+    "a huge shape": weights({"a": {**A, "shape": [1 << 40, 1 << 40]}, "b": B}),
+    "an unknown dtype": weights({"a": {**A, "dtype": "F33"}, "b": B}),
+    "a negative offset": weights({"a": {**A, "data_offsets": [-16, 0]}, "b": B}),
+    "a name twice": weights({"a": A, "x": B}).replace(b'"x"', b'"a"'),
+    "a pickle": pickle.dumps({"a": 1}),
+}
+
+
+@pytest.mark.parametrize("content", SAFETENSORS.values(), ids=list(SAFETENSORS))
+def test_bad_safetensors(tmp_path, content):
+    """A safetensors file that is not sound fails its verification, soon and in little memory."""
+    (tmp_path / "model.safetensors").write_bytes(weights({"a": A, "b": B}))
+    assert verify(tmp_path).passed
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with cheap(seconds=20), pytest.raises(CkptError, match=r"model\.safetensors"):
+        verified(tmp_path, None)
+
+
+@pytest.mark.xfail(strict=True, raises=MemoryError, reason="the header is parsed before its tensors are counted")
+def test_safetensors_of_many_tensors(tmp_path):
+    """A header of a million and one tensors is refused without the memory that it would take to hold them."""
+    none = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    (tmp_path / "model.safetensors").write_bytes(weights({f"{n}": none for n in range(1_000_001)}, b""))
+    with cheap(seconds=60), pytest.raises(CkptError):
+        verify(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "file", ["../outside.safetensors", "/etc/passwd", "x\0.safetensors", "", 3, None, "missing.safetensors"]
+)
+def test_bad_index(tmp_path, file):
+    """An index that leads outside its directory, or nowhere, is not followed."""
+    (tmp_path / "outside.safetensors").write_bytes(weights({"a": A, "b": B}))
+    (tmp_path / "export").mkdir()
+    index = {"metadata": {"total_size": 24}, "weight_map": {"a": file, "b": file}}
+    (tmp_path / "export" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with cheap(), pytest.raises(CkptError):
+        verified(tmp_path / "export", None)

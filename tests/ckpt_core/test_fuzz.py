@@ -162,6 +162,14 @@ def changed_zip(draw, good):
     return bytes(data)
 
 
+@st.composite
+def changed_header(draw, good):
+    """Nodes of the header of a safetensors file changed, under its true length."""
+    length = int.from_bytes(good[:8], "little")
+    header = draw(changed_json(good[8 : 8 + length]))
+    return len(header).to_bytes(8, "little") + header + good[8 + length :]
+
+
 CHANGES = {
     "bytes of metadata": (METADATA_NAME, changed_bytes),
     "opcodes of metadata": (METADATA_NAME, changed_pickle),
@@ -171,6 +179,8 @@ CHANGES = {
     "headers of a shard": (fuzzing.SHARD, changed_zip),
     "bytes of a manifest": (MANIFEST_NAME, changed_bytes),
     "nodes of a manifest": (MANIFEST_NAME, changed_json),
+    "bytes of safetensors": (fuzzing.WEIGHTS, changed_bytes),
+    "header of safetensors": (fuzzing.WEIGHTS, changed_header),
 }
 
 
