@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: run install test lint types imports pytest long clean
+.PHONY: run install test lint types imports pytest long bench clean
 
 run: install
 	@$(BIN)/python -m flows.retrain
@@ -34,6 +34,10 @@ pytest: install
 
 long: install
 	$(BIN)/pytest -m long
+
+# 2.6 GB of state in two ranks: a quarter of an hour, 8 GB of memory, and nothing else running.
+bench: install
+	$(BIN)/pytest tests/benchmarks --benchmark-enable --benchmark-columns=median,iqr,rounds
 
 clean:
 	rm -rf .venv runs
