@@ -36,13 +36,17 @@ def load_model(model: torch.nn.Module, directory: Place) -> None:
     state = ModelState(model)
     own = state.state_dict()
     tensors = {name: value for name, value in own.items() if not _is_extra(name)}
-    index = ranks.together(lambda: read_index(directory))
-    prefix = ranks.together(lambda: find_prefix(index, tensors, str(directory)))
+
+    def look() -> tuple[Index, str]:
+        index = read_index(directory)
+        return index, find_prefix(index, tensors, str(directory))
+
+    index, prefix = ranks.together(look)
     _tell_unread(index, prefix, own, directory)
     flat = {prefix + name: value for name, value in tensors.items()}
     extra = {name: _blank(index, name) for name in _in_saved_order(index, prefix) if _is_extra(name)}
     read = flat | extra
-    io.load(read, directory)
+    io.load(read, directory, index=index)
     loaded = {name: read[prefix + name] for name in tensors}
     paths = {name: _extra_path(index, name, prefix) for name in extra}
     loaded |= nest({name: read[name] for name in extra}, paths, str(directory))
@@ -59,7 +63,7 @@ def load_optimizer(state: OptimizerState, directory: Place) -> None:
         directory = directory / "optimizer"
     index = ranks.together(lambda: read_index(directory))
     flat = ranks.together(lambda: _optimizer_targets(state, index, directory))
-    io.load(flat, directory)
+    io.load(flat, directory, index=index)
     loaded = nest(flat, index.paths, str(directory))[OPTIMIZER_KEY]
     optim = {"state": {}, **loaded["optim"]}
     if UNUSED_KEY in loaded:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 MAX_HEADER_BYTES = 100_000_000
 MAX_METADATA_BYTES = 16 << 20
 MAX_NAME_LENGTH = 1024
-MAX_TENSORS = 1_000_000
+MAX_TENSORS = 100_000
+_MAX_ENTRY_BYTES = 2048
 MAX_RANK = 64
 _MAX = 1 << 62
 _LENGTH = struct.Struct("<Q")
@@ -74,9 +75,19 @@ def _read(place: Place, size: int) -> tuple[dict[str, Any], int, int]:
             raise ValueError(f"a header of {length} bytes in a file of {size}, expected at most {MAX_HEADER_BYTES}")
         text = bytearray(length)
         read_into(source, _LENGTH.size, memoryview(text), str(place))
+    _check_count(text)
     document = json.loads(text.decode(), object_pairs_hook=_without_twice)
     begin = _LENGTH.size + length
     return document, begin, size - begin
+
+
+def _check_count(text: bytearray) -> None:
+    """Count tensors before they are parsed: parsed, they would take ten times the memory of their text."""
+    count = text.count(b'"data_offsets"')
+    if count > MAX_TENSORS:
+        raise ValueError(f"{count} tensors, expected at most {MAX_TENSORS}")
+    if len(text) > MAX_METADATA_BYTES + count * _MAX_ENTRY_BYTES:
+        raise ValueError(f"a header of {len(text)} bytes for {count} tensors")
 
 
 def _without_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

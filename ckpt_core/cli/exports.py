@@ -56,26 +56,29 @@ def _add_convert(convert: argparse.ArgumentParser) -> None:
 
 
 def _convert(options: argparse.Namespace) -> Answer:
+    from ckpt_core.durable import file_size
     from ckpt_core.export import check_target, convert, convert_checkpoint, plan_export
     from ckpt_core.export.assets import fetch_assets, read_assets
     from ckpt_core.format.manifest import MANIFEST_NAME
     from ckpt_core.locate import find_dcp
-    from ckpt_core.store import local_path, open_checkpoint
+    from ckpt_core.store import open_checkpoint
+    from ckpt_core.urls import place_of
 
-    source, target = local_path(options.dcp), Path(options.out)
-    directory = find_dcp(source)
+    source, target = place_of(options.dcp), Path(options.out)
+    step = open_checkpoint(source) if file_size(source / MANIFEST_NAME) is not None else None
+    directory = find_dcp(step.root if step else source)
     if not options.plan:
         check_target(directory, target, overwrite=options.overwrite)
-    own = (source / MANIFEST_NAME).is_file() and not options.model
+    own = None if step is None or options.model else step.component("assets")
     if not own and not options.model:
         raise ArgumentError(f"{source}: has no config of its own; name one with --model PATH_OR_ID.")
     settings: dict[str, Any] = {"dtype": options.dtype, "max_shard_bytes": options.max_shard_size}
-    assets = read_assets(source / "assets") if own else fetch_assets(options.model, options.tokenizer)
+    assets = read_assets(own) if own else fetch_assets(options.model, options.tokenizer)
     if options.plan:
         return _show(plan_export(directory, assets, **settings))
     settings |= {"overwrite": options.overwrite, "allow_nonfinite": options.allow_nonfinite}
-    if own:
-        export = convert_checkpoint(open_checkpoint(source), target, **settings)
+    if step and own:
+        export = convert_checkpoint(step, target, **settings)
     else:
         export = convert(directory, target, assets=assets, **settings)
     facts: dict[str, Any] = {"path": str(export.path), "architecture": export.architecture, "files": export.files}

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from itertools import product
+from typing import TYPE_CHECKING
 
 import torch
 
 from ckpt_core.format import dtypes
-from ckpt_core.format.index import Chunk, TensorEntry
+from ckpt_core.format.index import Chunk, Shape, TensorEntry
 from ckpt_core.format.payload import Payload
-from ckpt_core.format.source import Source, open_source, read_into
-from ckpt_core.io.chunks import locate_chunk, read_box
+from ckpt_core.format.source import Source, open_source
+from ckpt_core.io.chunks import check_crc32, locate_chunk, raw_bytes, read_box, read_digested
 
 if TYPE_CHECKING:
     from ckpt_core.urls import Place
@@ -38,59 +40,85 @@ class ShardFiles:
             file.close()
 
     def blocks(self, name: str, entry: TensorEntry) -> Iterator[torch.Tensor]:
-        """Yield the elements of a tensor, flat and in order, at most about `BLOCK_BYTES` at a time.
+        """Yield the elements of a tensor, flat and in order, at most `BLOCK_BYTES` at a time.
+
+        The CRC32 of each chunk, where one was stored, has been checked when its last block was yielded.
 
         Raises:
             DamagedError: the files do not hold what the index says.
         """
         if math.prod(entry.shape) == 0:
             return
-        shape = entry.shape or (1,)
-        payloads = [(chunk, self._locate(name, entry, chunk)) for chunk in entry.chunks if math.prod(chunk.sizes)]
-        row_bytes = math.prod(shape[1:]) * dtypes.ITEMSIZE[entry.dtype]
-        rows = max(1, BLOCK_BYTES // row_bytes)
-        for start in range(0, shape[0], rows):
-            yield self._rows(name, entry, payloads, start, min(start + rows, shape[0]))
+        streams = [self._stream(name, entry, chunk) for chunk in entry.chunks if math.prod(chunk.sizes)]
+        for outer, start, sizes in _boxes(entry.shape or (1,), dtypes.ITEMSIZE[entry.dtype]):
+            block = torch.empty(sizes, dtype=getattr(torch, entry.dtype))
+            for stream in streams:
+                stream.fill(block, outer, start)
+            yield block.reshape(-1)
 
-    def _locate(self, name: str, entry: TensorEntry, chunk: Chunk) -> Payload:
-        return locate_chunk(self._file(chunk), chunk.span, entry.dtype, chunk.sizes, self._where(name, chunk))
+    def _stream(self, name: str, entry: TensorEntry, chunk: Chunk) -> _Stream:
+        where = f"{self._directory / chunk.span.file}: {name}"
+        file = self._file(chunk.span.file)
+        payload = locate_chunk(file, chunk.span, entry.dtype, chunk.sizes, where)
+        return _Stream(file, payload, chunk.offsets or (0,), chunk.sizes or (1,), where)
 
-    def _rows(
-        self, name: str, entry: TensorEntry, payloads: list[tuple[Chunk, Payload]], start: int, stop: int
-    ) -> torch.Tensor:
-        """Return the rows `start` to `stop` (first dimension), flat."""
-        shape = entry.shape or (1,)
-        block = torch.empty((stop - start, *shape[1:]), dtype=getattr(torch, entry.dtype))
-        for chunk, payload in payloads:
-            offsets, sizes = chunk.offsets or (0,), chunk.sizes or (1,)
-            first, last = max(start, offsets[0]), min(stop, offsets[0] + sizes[0])
-            if first >= last:
-                continue
-            box = block.narrow(0, first - start, last - first)
-            for dimension in range(1, len(shape)):
-                box = box.narrow(dimension, offsets[dimension], sizes[dimension])
-            self._read(name, chunk, payload, box, first - offsets[0])
-        return block.reshape(-1)
-
-    def _read(self, name: str, chunk: Chunk, payload: Payload, box: torch.Tensor, row: int) -> None:
-        """Fill `box` with the rows of a chunk from `row` on."""
-        where = self._where(name, chunk)
-        file = self._file(chunk)
-        if not payload.contiguous:
-            read_box(file, payload, box, (row, *[0] * (box.dim() - 1)), where)
-            return
-        rows = box if box.is_contiguous() else torch.empty(box.shape, dtype=box.dtype)
-        row_bytes = math.prod((chunk.sizes or (1,))[1:]) * rows.element_size()
-        buffer: Any = memoryview(rows.view(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
-        read_into(file, payload.offset + row * row_bytes, buffer, where)
-        if rows is not box:
-            box.copy_(rows)
-
-    def _file(self, chunk: Chunk) -> Source:
-        name = chunk.span.file
+    def _file(self, name: str) -> Source:
         if name not in self._files:
             self._files[name] = open_source(self._directory / name)
         return self._files[name]
 
-    def _where(self, name: str, chunk: Chunk) -> str:
-        return f"{self._directory / chunk.span.file}: {name}"
+
+def _boxes(shape: Shape, item: int) -> Iterator[tuple[Shape, int, Shape]]:
+    """Yield boxes that follow each other in row-major order.
+
+    Each is given by the indices of the first dimensions, in which its size is one, by its first row in the next
+    dimension, and by its sizes from that dimension on.
+    """
+    split = 0
+    while split < len(shape) - 1 and math.prod(shape[split + 1 :]) * item > BLOCK_BYTES:
+        split += 1
+    rows = max(1, BLOCK_BYTES // (math.prod(shape[split + 1 :]) * item))
+    for outer in product(*(range(size) for size in shape[:split])):
+        for start in range(0, shape[split], rows):
+            yield outer, start, (min(rows, shape[split] - start), *shape[split + 1 :])
+
+
+@dataclass(slots=True)
+class _Stream:
+    """A chunk that is read from its first byte to its last: whoever goes through the tensor in order does that."""
+
+    file: Source
+    payload: Payload
+    offsets: Shape
+    sizes: Shape
+    where: str
+    done: int = 0
+    crc32: int = 0
+
+    def fill(self, block: torch.Tensor, outer: Shape, start: int) -> None:
+        """Fill what a block has of this chunk; the block begins at `outer` and, in the next dimension, `start`."""
+        split = len(outer)
+        inside = zip(outer, self.offsets, self.sizes, strict=False)
+        first = max(start, self.offsets[split])
+        last = min(start + len(block), self.offsets[split] + self.sizes[split])
+        if first >= last or not all(offset <= index < offset + size for index, offset, size in inside):
+            return
+        box = block.narrow(0, first - start, last - first)
+        for dimension in range(split + 1, len(self.sizes)):
+            box = box.narrow(dimension - split, self.offsets[dimension], self.sizes[dimension])
+        if self.payload.contiguous:
+            self._read_next(box)
+        else:
+            within = [index - offset for index, offset in zip(outer, self.offsets, strict=False)]
+            place = (*within, first - self.offsets[split], *[0] * (box.dim() - 1))
+            read_box(self.file, self.payload, box[(None,) * split], place, self.where)
+
+    def _read_next(self, box: torch.Tensor) -> None:
+        rows = box if box.is_contiguous() else torch.empty(box.shape, dtype=box.dtype)
+        offset = self.payload.offset + self.done
+        self.crc32 = read_digested(self.file, offset, raw_bytes(rows), self.crc32, self.where)
+        self.done += rows.nbytes
+        if self.done == self.payload.nbytes:
+            check_crc32(self.payload, self.crc32, self.where)
+        if rows is not box:
+            box.copy_(rows)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import cast
 
-from ckpt_core.errors import DamagedError
+from ckpt_core.errors import DamagedError, UntrustedError
 from ckpt_core.format import dtypes, pickles
 from ckpt_core.format.index import Shape, Span
 from ckpt_core.format.source import Source
@@ -58,7 +59,12 @@ def locate(file: Source, span: Span, where: str) -> Payload:
     if "byteorder" in stored and content(file, span, stored["byteorder"], where) != b"little":
         raise DamagedError(f"{where}: a tensor of big-endian elements; save it on a little-endian machine.")
     elements = stored["data/0"]
-    layout = _layout(content(file, span, stored["data.pkl"], where), elements.nbytes, where)
+    try:
+        layout = _layout(content(file, span, stored["data.pkl"], where), elements.nbytes)
+    except (DamagedError, UntrustedError) as error:
+        raise type(error)(f"{where}: {error}") from None
+    if layout is None:
+        raise DamagedError(f"{where}: the header of a chunk is not that of a plain tensor; restore a copy.")
     payload = Payload(data_offset(file, span, elements, where), elements.nbytes, elements.crc32, *layout)
     _check_bounds(payload, where)
     return payload
@@ -76,9 +82,13 @@ _GLOBALS: pickles.Table = {
 }
 
 
-def _layout(pickled: bytes, nbytes: int, where: str) -> tuple[str, Shape, Shape, int]:
-    """Return dtype, shape, strides and storage offset (in elements) from the pickled header of `nbytes` of data."""
-    tensor = pickles.loads(pickled, _GLOBALS, where)
+@lru_cache(maxsize=1024)
+def _layout(pickled: bytes, nbytes: int) -> tuple[str, Shape, Shape, int] | None:
+    """Return dtype, shape, strides and storage offset (in elements) from the pickled header of `nbytes` of data.
+
+    Most chunks of a model have the header of another one; a header that is none of a plain tensor gives None.
+    """
+    tensor = pickles.loads(pickled, _GLOBALS, "the header of a chunk")
     try:
         # v3 names its dtype, v2 has its storage's; whatever follows (a conjugate view, say) is not in the bytes
         storage, offset, sizes, strides, _, _, *rest = tensor.args
@@ -92,7 +102,7 @@ def _layout(pickled: bytes, nbytes: int, where: str) -> tuple[str, Shape, Shape,
             return dtype, shape, stride, offset
     except (AttributeError, TypeError, ValueError, KeyError):
         pass  # not the layout of a tensor: told below
-    raise DamagedError(f"{where}: the header of a chunk is not that of a plain tensor; restore a copy.")
+    return None
 
 
 def _row_major(shape: Shape, stride: Shape) -> Shape:

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict_saver import (
 
 from ckpt_core import ranks
 from ckpt_core.errors import CheckpointError, CkptError, CommitError, MismatchError
-from ckpt_core.format.index import check_files, read_index
+from ckpt_core.format.index import Index, check_files, read_index
 from ckpt_core.format.manifest import FileRecord
 from ckpt_core.io.nesting import nest
 from ckpt_core.io.reader import SafeLoadPlanner, SafeReader, load_value
@@ -32,35 +32,32 @@ if TYPE_CHECKING:
 __all__ = ["DigestWriter", "SafeLoadPlanner", "SafeReader", "load", "load_value", "read_state", "save"]
 
 
-def load(state_dict: dict[str, Any], directory: Place, *, partial: bool = False) -> None:
+def load(state_dict: dict[str, Any], directory: Place, *, partial: bool = False, index: Index | None = None) -> None:
     """Collective: fill `state_dict` in place from a DCP directory.
 
     Args:
         state_dict: tensors are filled in place, values replaced.
         directory: the DCP directory.
         partial: leave what the checkpoint does not have as it is, instead of raising.
+        index: what the directory holds, where that is known already.
 
     Raises:
         CheckpointError: the checkpoint is not there, damaged, hostile, or of another model.
     """
     planner = SafeLoadPlanner(directory, allow_partial_load=partial)
-    with _plain_errors(MismatchError):
-        _load_state_dict(
-            state_dict=state_dict,
-            storage_reader=SafeReader(directory),
-            process_group=ranks.group(),
-            no_dist=not ranks.initialized(),
-            planner=planner,
-        )
+    # What a rank reads depends on no other rank: only the outcome is exchanged, and no plans.
+    ranks.each(lambda: _read(state_dict, SafeReader(directory, index), planner))
 
 
-def save(state_dict: dict[str, Any], directory: Place, *, twin: bool = False) -> dict[str, FileRecord]:
-    """Collective: write `state_dict` to a new DCP directory.
+def save(
+    state_dict: dict[str, Any], directory: Place, *, twin: bool = False, digest: bool = True
+) -> dict[str, FileRecord]:
+    """Collective: write `state_dict` to a new DCP directory; see `DigestWriter`.
 
     Returns:
-        Size and digest of each file that this rank wrote, by file name.
+        Size and digest of each file that this rank wrote and digested, by file name.
     """
-    writer = DigestWriter(directory, twin=twin)
+    writer = DigestWriter(directory, twin=twin, digest=digest)
     with _plain_errors(CommitError):
         _save_state_dict(
             state_dict=state_dict,
@@ -80,11 +77,13 @@ def read_state(directory: Place, device: str = "cpu") -> dict[str, Any]:
         for name, entry in index.tensors.items()
     }
     flat.update(dict.fromkeys(index.values))
-    with _plain_errors(MismatchError):
-        _load_state_dict(
-            state_dict=flat, storage_reader=SafeReader(directory), planner=SafeLoadPlanner(directory), no_dist=True
-        )
+    _read(flat, SafeReader(directory, index), SafeLoadPlanner(directory))
     return nest(flat, index.paths, str(directory))
+
+
+def _read(state_dict: dict[str, Any], reader: SafeReader, planner: SafeLoadPlanner) -> None:
+    with _plain_errors(MismatchError):
+        _load_state_dict(state_dict=state_dict, storage_reader=reader, planner=planner, no_dist=True)
 
 
 @contextmanager

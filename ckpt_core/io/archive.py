@@ -10,17 +10,20 @@ follows the elements, so it can be taken while they are written.
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import struct
 import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch._utils import _rebuild_tensor_v2, _rebuild_tensor_v3  # pyright: ignore[reportPrivateUsage] - the format
 
 from ckpt_core.format.dtypes import STORAGE_CLASSES
+from ckpt_core.format.index import Shape
 
 _LOCAL = struct.Struct("<4s5H3I2H")
 _CENTRAL = struct.Struct("<4s6H3I5H2I")
@@ -58,7 +61,7 @@ class Archive:
         self._nbytes = tensor.nbytes
         self.page = _PAGE if self._nbytes >= _LARGE else 1
         self._alignment = max(self.page, _ALIGNMENT)
-        small = {"data.pkl": _pickled(tensor), ".format_version": b"1"}
+        small = {"data.pkl": _pickled(tensor.dtype, tuple(tensor.shape), tensor.stride()), ".format_version": b"1"}
         small |= {".storage_alignment": str(self._alignment).encode(), "byteorder": b"little"}
         head = [self._whole(name, data) for name, data in small.items()]
         self.head = b"".join(head) + self._begin("data/0", self._nbytes)
@@ -129,17 +132,17 @@ class _Storage:
     """Stands for a tensor's storage in the pickle that describes it."""
 
 
-def _pickled(tensor: torch.Tensor) -> bytes:
+@lru_cache(maxsize=1024)
+def _pickled(dtype: torch.dtype, shape: Shape, stride: Shape) -> bytes:
     """Return the pickle by which `torch.load` knows a tensor, with its elements in a record of their own."""
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    typed = dtype in _STORAGES
-    kind: Any = getattr(torch, _STORAGES[dtype]) if typed else torch.UntypedStorage
-    identity = ("storage", kind, "0", "cpu", tensor.numel() if typed else tensor.nbytes)
+    name = _STORAGES.get(str(dtype).removeprefix("torch."))
+    kind: Any = getattr(torch, name) if name else torch.UntypedStorage
+    identity = ("storage", kind, "0", "cpu", math.prod(shape) * (1 if name else dtype.itemsize))
     buffer = io.BytesIO()
     pickler = _Pickler(buffer, identity)
     hooks: Any = OrderedDict()
-    layout = (_Storage(), 0, tuple(tensor.shape), tensor.stride(), False, hooks)
-    rebuilt = (_rebuild_tensor_v2, layout) if typed else (_rebuild_tensor_v3, (*layout, tensor.dtype))
+    layout = (_Storage(), 0, shape, stride, False, hooks)
+    rebuilt = (_rebuild_tensor_v2, layout) if name else (_rebuild_tensor_v3, (*layout, dtype))
     pickler.dump(_Reduced(rebuilt))
     return buffer.getvalue()
 

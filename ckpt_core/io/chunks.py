@@ -65,13 +65,13 @@ def read_box(file: Source, payload: Payload, target: torch.Tensor, offsets: Shap
         if whole:
             [(start, _, _)] = runs
             begin = payload.offset + start * buffer.element_size()
-            found = _read_digested(file, begin, raw_bytes(buffer), found, where)
+            found = read_digested(file, begin, raw_bytes(buffer), found, where)
         else:
             _read_runs(file, payload.offset, runs, buffer, where)
         if not straight:
             box.copy_(buffer)
     if whole:
-        _check(payload, found, where)
+        check_crc32(payload, found, where)
 
 
 def _is_straight(target: torch.Tensor, payload: Payload) -> bool:
@@ -134,14 +134,14 @@ def _groups(runs: Iterator[Run], gap: int, limit: int) -> Iterator[list[Run]]:
 def _read_strided(file: Source, payload: Payload, sizes: torch.Size, offsets: Shape, where: str) -> torch.Tensor:
     """Return a part of a chunk whose elements do not lie in row-major order: all of it is read."""
     raw = torch.empty(payload.nbytes, dtype=torch.uint8)
-    _check(payload, _read_digested(file, payload.offset, raw_bytes(raw), 0, where), where)
+    check_crc32(payload, read_digested(file, payload.offset, raw_bytes(raw), 0, where), where)
     chunk = raw.view(getattr(torch, payload.dtype)).as_strided(payload.shape, payload.stride, payload.storage_offset)
     for dimension, (start, length) in enumerate(zip(offsets, sizes, strict=True)):
         chunk = chunk.narrow(dimension, start, length)
     return chunk
 
 
-def _read_digested(file: Source, offset: int, buffer: memoryview, found: int, where: str) -> int:
+def read_digested(file: Source, offset: int, buffer: memoryview, found: int, where: str) -> int:
     """Fill `buffer`; return the CRC32 of what came before and of it, taken while its bytes are in the cache."""
     for start in range(0, len(buffer), CACHED_BYTES):
         block = buffer[start : start + CACHED_BYTES]
@@ -150,7 +150,12 @@ def _read_digested(file: Source, offset: int, buffer: memoryview, found: int, wh
     return found
 
 
-def _check(payload: Payload, found: int, where: str) -> None:
+def check_crc32(payload: Payload, found: int, where: str) -> None:
+    """Compare the CRC32 of all of a chunk's bytes with the one that was stored with them, if there is one.
+
+    Raises:
+        DamagedError: they differ.
+    """
     if payload.crc32 and found != payload.crc32:
         raise DamagedError(
             f"{where}: its bytes have CRC32 {found:08x}, {payload.crc32:08x} was stored with them; restore a copy "

@@ -35,22 +35,27 @@ if TYPE_CHECKING:
 
 
 class SafeReader(StorageReader):
-    """Reads a DCP directory for `dcp.load`; with any planner, nothing that it holds is run."""
+    """Reads a DCP directory for `dcp.load`; with any planner, nothing that it holds is run.
 
-    def __init__(self, path: str | Place) -> None:
+    Args:
+        path: the directory, or its URL.
+        index: what it holds, where that is known already.
+    """
+
+    def __init__(self, path: str | Place, index: Index | None = None) -> None:
         super().__init__()
         self.path = place_of(path)
-        self.index: Index | None = None
+        self.index = index
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin a load."""
         if checkpoint_id:
-            self.path = place_of(os.fspath(checkpoint_id))
-        self.index = None
+            self.path, self.index = place_of(os.fspath(checkpoint_id)), None
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
         """Read what the directory holds, without running its pickle."""
-        self.index = read_index(self.path)
+        if self.index is None:
+            self.index = read_index(self.path)
         check_files(self.path, self.index)
         return to_metadata(self.index)
 

@@ -32,21 +32,25 @@ if TYPE_CHECKING:
     from ckpt_core.urls import Place
 
 
+_WRITE_BYTES = 1 << 20
+
+
 class DigestWriter(StorageWriter):
-    """Writes a DCP directory; `records` then holds size and digest of each file that this rank wrote.
+    """Writes a DCP directory; `records` then holds size and digest of each file that this rank wrote and digested.
 
     Never overwrites, flushes to the device, and refuses to finish unless every planned chunk was stored once.
 
     Args:
         path: an empty or missing directory, or a URL's prefix, that all ranks share.
         twin: also write the metadata as JSON, so that readers of ours need no pickle.
+        digest: digest each file, beside the CRC32 of each chunk in it.
     """
 
-    def __init__(self, path: str | Place, *, twin: bool = False) -> None:
+    def __init__(self, path: str | Place, *, twin: bool = False, digest: bool = True) -> None:
         super().__init__()
         self.path = place_of(path)
         self.records: dict[str, FileRecord] = {}
-        self._twin = twin
+        self._twin, self._digest = twin, digest
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin a save."""
@@ -72,9 +76,11 @@ class DigestWriter(StorageWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Append each item to this rank's file."""
         name: str = plan.storage_data
-        with _DigestFile(self.path / name) as file:
+        with _DigestFile(self.path / name, digest=self._digest) as file:
             results = [_write_item(file, name, item, planner) for item in _tensors_last(plan.items)]
-            self.records[name] = file.seal()
+            digest = file.seal()
+        if digest is not None:
+            self.records[name] = FileRecord(file.size, digest)
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
@@ -84,6 +90,9 @@ class DigestWriter(StorageWriter):
         stored = [result for rank in results for result in rank]
         _check_complete(metadata, stored)
         metadata.storage_data = {result.index: result.storage_data for result in stored}
+        for item in metadata.state_dict_metadata.values():
+            if isinstance(item, TensorStorageMetadata):
+                item.properties.pin_memory = False  # that the copy it was written from was pinned is no fact of it
         metadata.storage_meta = StorageMeta()  # stock DCP would record this machine's paths here
         metadata.version = "1.0.0"
         if self._twin:
@@ -157,9 +166,9 @@ def _check_complete(metadata: Metadata, stored: list[WriteResult]) -> None:
 class _DigestFile:
     """A new file that counts and digests what is appended to it. Use it in a `with` statement."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Place, *, digest: bool) -> None:
         self._sink = durable.create(place)
-        self._hasher = hasher()
+        self._hasher = hasher() if digest else None
         self.size = 0
 
     def __enter__(self) -> _DigestFile:
@@ -171,15 +180,22 @@ class _DigestFile:
     def write(self, data: memoryview) -> int:
         """Append bytes, and return their CRC32; each block is digested while it is in the core's cache."""
         found = 0
-        for start in range(0, len(data), CACHED_BYTES):
-            block = data[start : start + CACHED_BYTES]
-            self._hasher.update(block)
-            found = crc32(block, found)
+        for start in range(0, len(data), _WRITE_BYTES):
+            block = data[start : start + _WRITE_BYTES]
+            found = self._digest(block, found)
             self._sink.write(block)
         self.size += len(data)
         return found
 
-    def seal(self) -> FileRecord:
-        """Flush to the device, close, and return the size and digest."""
+    def _digest(self, block: memoryview, found: int) -> int:
+        for start in range(0, len(block), CACHED_BYTES):
+            part = block[start : start + CACHED_BYTES]
+            if self._hasher is not None:
+                self._hasher.update(part)
+            found = crc32(part, found)
+        return found
+
+    def seal(self) -> str | None:
+        """Flush to the device and close; return the digest of the whole file, if there is to be one."""
         self._sink.seal()
-        return FileRecord(self.size, f"{ALGORITHM}:{self._hasher.hexdigest()}")
+        return None if self._hasher is None else f"{ALGORITHM}:{self._hasher.hexdigest()}"

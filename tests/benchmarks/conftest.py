@@ -37,7 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session")
 def measuring(pytestconfig: pytest.Config) -> bool:
     """Whether figures are wanted, and not only to see that everything runs."""
-    return not pytestconfig.getoption("benchmark_disable")
+    return pytestconfig.getoption("benchmark_enable")
 
 
 @pytest.fixture(scope="session")

@@ -68,7 +68,7 @@ def _serve(rank: int, count: int, directory: str, megabytes: int, end: Connectio
     import torch.distributed as dist
     from operations import State
 
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "LOCAL_WORLD_SIZE": str(count)}  # the latter as torchrun does
     warnings.simplefilter("ignore")  # stock saving warns of its own
     torch.set_num_threads(1)
     store = dist.FileStore(f"{directory}/store", count)
