@@ -1,1 +1,1 @@
-"""Local doubles of remote services, shipped so that users can test against them."""
+"""Shipped so that users can test against them: a local Hub server, and the contract that every store keeps."""

@@ -96,3 +96,49 @@ def test_a_chunk_that_was_changed(url):
     file.write_bytes(bytes(data))
     with pytest.raises(DamagedError, match="__0_0"):
         PyTorchCheckpoint.from_json(saved.to_json()).restore(layers(1))
+
+
+def test_converted_from_its_url(url, tmp_path, s3_server):  # noqa: F811
+    """A step on S3 is converted by ranges of bytes, to the very files that a local copy gives."""
+    from small_transformers import model_of
+
+    from ckpt_core.cli import main
+
+    model = model_of("llama")
+    saved = PyTorchCheckpoint(model).save(url, step=5)
+    local = PyTorchCheckpoint(model).save(tmp_path / "store", step=5)
+    s3_server.requests.clear()
+    assert main(["convert", saved.url, str(tmp_path / "remote")]) == 0
+    reads = [request for request in s3_server.requests if request.path.endswith(".distcp") and request.method == "GET"]
+    assert reads
+    assert all(request.range for request in reads)
+    assert main(["convert", local.url, str(tmp_path / "local")]) == 0
+    names = {path.name for path in (tmp_path / "local").iterdir()} - {"export.json"}
+    assert "model.safetensors" in names
+    for name in names:
+        assert (tmp_path / "remote" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
+
+
+def test_a_slice_asks_for_its_bytes(url, s3_server):  # noqa: F811
+    """A few rows of a matrix on S3 are asked for by their range, and no more than a window of bytes beside them."""
+    from torch.distributed.checkpoint.metadata import MetadataIndex
+    from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
+
+    from ckpt_core import open_checkpoint
+    from ckpt_core.io import SafeLoadPlanner, SafeReader
+
+    whole = torch.arange(1024 * 1024, dtype=torch.float32).view(1024, 1024)
+    saved = PyTorchCheckpoint(torch.nn.ParameterDict({"w": whole})).save(url, step=5)
+    reader = SafeReader(open_checkpoint(saved.url).component("model"))
+    metadata, rows = reader.read_metadata(), torch.zeros(16, 1024)
+    planner = SafeLoadPlanner("here")
+    planner.set_up_planner({"model.w": rows}, metadata, is_coordinator=True)
+    sizes = torch.Size([16, 1024])
+    place = MetadataIndex("model.w", torch.Size([0, 0])), torch.Size([0, 0]), MetadataIndex("model.w")
+    item = ReadItem(LoadItemType.TENSOR, place[2], place[1], place[0], torch.Size([500, 0]), sizes)
+    s3_server.requests.clear()
+    reader.read_data(LoadPlan([item]), planner).wait()
+    assert torch.equal(rows, whole[500:516])
+    ranges = [request.range for request in s3_server.requests if request.path.endswith(".distcp")]
+    asked = [1 + int(end) - int(start) for start, end in (r.removeprefix("bytes=").split("-") for r in ranges if r)]
+    assert sum(asked) < 64 * 1024 + 8 * 32 * 1024 < whole.nbytes / 10
