@@ -46,7 +46,7 @@ def build(mesh: Mesh, seed: int, steps: int) -> tuple[Block, torch.optim.Optimiz
         fully_shard(model, mesh=init_device_mesh("cpu", mesh))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     for _ in range(steps):
-        model(torch.randint(0, 11, (4, 3))).pow(2).sum().backward()
+        model(torch.randint(0, 11, (12,))).pow(2).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
     return model, optimizer

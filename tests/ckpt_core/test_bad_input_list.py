@@ -383,7 +383,7 @@ def test_safetensors_of_many_tensors(tmp_path):
     none = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
     (tmp_path / "model.safetensors").write_bytes(weights({f"{n}": none for n in range(1_000_001)}, b""))
     with cheap(seconds=60), pytest.raises(CkptError):
-        verify(tmp_path)
+        verified(tmp_path, None)
 
 
 @pytest.mark.parametrize(

@@ -747,14 +747,14 @@ class TestStore:
         assert PyTorchCheckpoint(layers()).save(tmp_path, step=1, run="other").url != checkpoint.url
 
     def test_its_address_is_a_url_or_a_path(self, tmp_path: Path) -> None:
-        """A path does as well as a URL; a missing step is a FileNotFoundError, another scheme an ArgumentError."""
+        """A path does as well as a URL; a missing step is a FileNotFoundError, an unknown scheme an ArgumentError."""
         checkpoint = PyTorchCheckpoint(hyperparameters={"a": 1}).save(tmp_path.as_uri(), step=3, run="r")
         assert checkpoint.url == (tmp_path / "r" / "step_0000000003").as_uri()
         assert PyTorchCheckpoint.from_url(tmp_path / "r" / "step_0000000003")["a"] == 1
         with pytest.raises(NotACheckpointError):
             PyTorchCheckpoint.from_url(tmp_path / "r" / "step_0000000004")
-        with pytest.raises(ArgumentError, match="s3"):
-            PyTorchCheckpoint(hyperparameters={"a": 1}).save("s3://bucket/x", step=3)
+        with pytest.raises(ArgumentError, match="nowhere"):
+            PyTorchCheckpoint(hyperparameters={"a": 1}).save("nowhere://bucket/x", step=3)
 
     @pytest.mark.parametrize(
         "wrong",
