@@ -119,8 +119,8 @@ def test_converted_from_its_url(url, tmp_path, s3_server):  # noqa: F811
         assert (tmp_path / "remote" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
 
 
-def test_a_slice_asks_for_its_bytes(url, s3_server):  # noqa: F811
-    """A few rows of a matrix on S3 are asked for by their range, and no more than a window of bytes beside them."""
+def test_a_slice_asks_for_its_bytes(url, s3_server, caplog):  # noqa: F811
+    """A few rows of a matrix on S3 are asked for by their range, little beside them, and a log line says so."""
     from torch.distributed.checkpoint.metadata import MetadataIndex
     from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
@@ -137,7 +137,9 @@ def test_a_slice_asks_for_its_bytes(url, s3_server):  # noqa: F811
     place = MetadataIndex("model.w", torch.Size([0, 0])), torch.Size([0, 0]), MetadataIndex("model.w")
     item = ReadItem(LoadItemType.TENSOR, place[2], place[1], place[0], torch.Size([500, 0]), sizes)
     s3_server.requests.clear()
+    caplog.set_level("INFO", "ckpt_core")
     reader.read_data(LoadPlan([item]), planner).wait()
+    assert "structure checked, not the CRC32" in caplog.text
     assert torch.equal(rows, whole[500:516])
     ranges = [request.range for request in s3_server.requests if request.path.endswith(".distcp")]
     asked = [1 + int(end) - int(start) for start, end in (r.removeprefix("bytes=").split("-") for r in ranges if r)]
