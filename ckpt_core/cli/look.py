@@ -111,9 +111,14 @@ def _diff(options: argparse.Namespace) -> Answer:
 
     found = diff(options.a, options.b)
     lines = [_line(tensor) for tensor in found.tensors if tensor.status not in {"equal", "tied"}]
-    said = ", ".join(f"{count} {status}" for status, count in sorted(found.counts.items()))
+    said = ", ".join(f"{_SAID.get(status, status)}: {count}" for status, count in sorted(found.counts.items()))
     prefix = f" (names without {found.prefix!r})" if found.prefix else ""
-    return Answer(found.to_dict(), [*lines, f"{'equal' if found.equal else 'different'}: {said}{prefix}"], found.equal)
+    return Answer(
+        found.to_dict(), [*lines, f"{'same' if found.equal else 'not the same'}; tensors {said}{prefix}"], found.equal
+    )
+
+
+_SAID = {"differs": "different", "dtype": "of another type", "shape": "of another shape"}
 
 
 def _line(tensor: TensorDiff) -> str:
