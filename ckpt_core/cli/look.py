@@ -113,9 +113,8 @@ def _diff(options: argparse.Namespace) -> Answer:
     lines = [_line(tensor) for tensor in found.tensors if tensor.status not in {"equal", "tied"}]
     said = ", ".join(f"{_SAID.get(status, status)}: {count}" for status, count in sorted(found.counts.items()))
     prefix = f" (names without {found.prefix!r})" if found.prefix else ""
-    return Answer(
-        found.to_dict(), [*lines, f"{'same' if found.equal else 'not the same'}; tensors {said}{prefix}"], found.equal
-    )
+    verdict = "equal" if found.equal else "different"
+    return Answer(found.to_dict(), [*lines, f"{verdict}: tensors that are {said}{prefix}"], found.equal)
 
 
 _SAID = {"differs": "different", "dtype": "of another type", "shape": "of another shape"}
