@@ -14,10 +14,9 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from isal import isal_zlib
 
 from ckpt_core.errors import CkptError
-from ckpt_core.format.digests import Hasher, algorithm_of, hasher
+from ckpt_core.format.digests import Hasher, algorithm_of, crc32, hasher
 from ckpt_core.format.source import Source, open_source, read_into
 from ckpt_core.io.workers import count_workers
 from ckpt_core.values import first_nonfinite
@@ -124,7 +123,7 @@ class Scan:
         self, source: Source, place: Place, extent: Extent, digest: Hasher | None, buffer: memoryview
     ) -> None:
         """Read an extent block by block from the buffer's begin on, so that elements are aligned there."""
-        crc32, wrong = 0, None
+        found, wrong = 0, None
         for start in range(0, extent.length, len(buffer)):
             if self._stopped:
                 return
@@ -133,14 +132,14 @@ class Scan:
             if digest is not None:
                 digest.update(block)
             if extent.crc32:
-                crc32 = isal_zlib.crc32(block, crc32)  # pyright: ignore[reportUnknownMemberType] - no annotations
+                found = crc32(block, found)
             if extent.dtype is not None and wrong is None and first_nonfinite(block, extent.dtype) is not None:
                 wrong = extent.offset + start
             self._advance(len(block))
-        if crc32 != extent.crc32:
+        if found != extent.crc32:
             self._findings.add(
                 "crc32",
-                f"{place}: {extent.name}: its bytes have CRC32 {crc32:08x}, {extent.crc32:08x} was stored with them; "
+                f"{place}: {extent.name}: its bytes have CRC32 {found:08x}, {extent.crc32:08x} was stored with them; "
                 "restore a copy of the file or load an older step.",
             )
         if wrong is not None:
