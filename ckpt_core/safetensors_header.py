@@ -130,6 +130,8 @@ def _tensor(name: str, entry: dict[str, Any], begin: int) -> StoredTensor:
     code, shape, (start, stop) = entry["dtype"], _numbers(entry["shape"]), _numbers(entry["data_offsets"])
     if type(code) is not str or code not in _BITS:
         raise ValueError(f"{name} has dtype {str(code)[:40]!r}, which is none that this library reads")
+    if math.prod(shape) >= _MAX:
+        raise ValueError(f"{name} has more elements than any file: {list(shape)}")
     bits = math.prod(shape) * _BITS[code]
     if bits % 8 or stop - start != bits // 8:
         raise ValueError(f"{name} has {stop - start} bytes, and {code} {list(shape)} needs {bits / 8:g}")

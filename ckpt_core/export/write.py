@@ -13,13 +13,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ckpt_core import durable
 from ckpt_core.errors import DamagedError, MismatchError
 from ckpt_core.export.plan import Output, Plan, Tie
 from ckpt_core.export.tensors import ShardFiles
 from ckpt_core.format import dtypes
+from ckpt_core.values import first_nonfinite
 
 if TYPE_CHECKING:
     from ckpt_core.urls import Place
@@ -45,7 +48,7 @@ def write_weights(
 
     Raises:
         DamagedError: a tensor has NaN or Inf, or the checkpoint's files are damaged.
-        MismatchError: two tensors that the architecture ties differ.
+        MismatchError: two tensors that the architecture ties differ, or a value does not fit the type to cast to.
     """
     records: Records = {}
     with ShardFiles(source) as files:
@@ -96,23 +99,32 @@ def _write_shard(
         put(header_bytes(outputs))
         for output in outputs:
             for block in files.blocks(output.source, output.entry):
-                if not allow_nonfinite:
-                    _check_finite(block, output)
                 cast = block.to(getattr(torch, output.dtype))
-                put(cast.view(torch.uint8).numpy())
+                data = _bytes_of(cast)
+                if not allow_nonfinite and first_nonfinite(data, output.dtype) is not None:
+                    raise _nonfinite(block, output)
+                put(data)
                 progress(cast.nbytes)
         os.fsync(file.fileno())
         size = file.tell()
     return {"bytes": size, "sha256": hasher.hexdigest()}
 
 
-def _check_finite(block: torch.Tensor, output: Output) -> None:
-    wide = block.float() if block.is_floating_point() and block.itemsize == 1 else block  # no isfinite for 8 bits
-    if (wide.is_floating_point() or wide.is_complex()) and not bool(torch.isfinite(wide).all()):
-        raise DamagedError(
-            f"{output.source}: holds NaN or Inf; the training diverged. Convert an earlier step, or pass "
-            "allow_nonfinite to have it as it is."
+def _bytes_of(block: torch.Tensor) -> NDArray[np.uint8]:
+    return block.view(torch.uint8).numpy()
+
+
+def _nonfinite(block: torch.Tensor, output: Output) -> Exception:
+    """Return the error for a block with NaN or Inf after its cast, which every NaN and Inf survives."""
+    if first_nonfinite(_bytes_of(block), output.entry.dtype) is None:
+        return MismatchError(
+            f"{output.source}: holds values that do not fit {output.dtype}, where they would be NaN or Inf; convert to "
+            f"bfloat16 or float32, or keep {output.entry.dtype}."
         )
+    return DamagedError(
+        f"{output.source}: holds NaN or Inf; the training diverged. Convert an earlier step, or pass "
+        "allow_nonfinite to have it as it is."
+    )
 
 
 def _check_equal(files: ShardFiles, tie: Tie, where: Place) -> None:

@@ -179,6 +179,18 @@ class TestRefusals:
         export = convert(directory, tmp_path / "allowed", assets=llama[1], allow_nonfinite=True)
         assert load_file(export.path / WEIGHTS)["model.norm.weight"][3] == float("-inf")
 
+    def test_values_that_do_not_fit_the_type(self, tmp_path: Path, llama: tuple[Path, Assets]) -> None:
+        """A finite value that a cast would make Inf is refused by name, and what fits is cast."""
+        state = dict(model_of("llama").state_dict())
+        state["model.norm.weight"][3] = 65504.0
+        fits = convert(save_states(state, tmp_path / "fits"), tmp_path / "half", assets=llama[1], dtype="float16")
+        assert load_file(fits.path / WEIGHTS)["model.norm.weight"][3] == 65504.0
+        state["model.norm.weight"][3] = -70000.0
+        directory, out = save_states(state, tmp_path / "dcp"), tmp_path / "out" / "export"
+        said = r"model\.norm\.weight: holds values that do not fit float16.*bfloat16 or float32"
+        refused(errors.MismatchError, said, directory, llama[1], out, dtype="float16")
+        assert convert(directory, tmp_path / "wide", assets=llama[1], dtype="bfloat16").architecture
+
     @pytest.mark.parametrize(
         ("change", "text"),
         [
