@@ -58,14 +58,15 @@ class Checkpoint:
         """Hold the checkpoint while reading it: a pruner leaves it alone meanwhile; in an object store, for a day.
 
         Raises:
-            NotACheckpointError: a pruner deleted it before.
+            NotACheckpointError: a pruner deleted it before; what was saved there since is another checkpoint.
+            DamagedError: its manifest cannot be read any more.
         """
         if not isinstance(self.path, Path):
             with records.leased(self.path, self.manifest):
                 yield
             return
         with locks.locked(self.path / MANIFEST_NAME, locks.SHARED) as held:
-            if not held:
+            if not held or read_manifest(self.path).digest() != self.manifest.digest():
                 raise NotACheckpointError(f"{self.path}: deleted by a pruner before it could be read.")
             yield
 
@@ -74,30 +75,29 @@ def open_local(path: Path) -> Checkpoint:
     """Return the committed step in a directory; see `open_checkpoint`."""
     checkpoint = _read(path, lambda: read_manifest(path))
     root = path / checkpoint.manifest.directory
-    _check_whole(checkpoint, {name: durable.file_size(root / name) for name in checkpoint.manifest.files})
+    sizes = {name: durable.file_size(root / name) for name in checkpoint.manifest.files}
+    _check_whole(checkpoint, sizes, (path / MANIFEST_NAME).exists)
     return checkpoint
 
 
 def open_remote(path: UPath) -> Checkpoint:
     """Return the committed step at a URL; see `open_checkpoint`. One listing tells the sizes of all files."""
     checkpoint = _read(path, lambda: _read_remote_manifest(path))
-    try:
-        _check_whole(checkpoint, objects.sizes_below(path / checkpoint.manifest.directory))
-    except DamagedError:
-        if objects.exists(path / MANIFEST_NAME):
-            raise
-        raise NotACheckpointError(f"{path}: deleted by a pruner meanwhile.") from None
+    sizes = objects.sizes_below(path / checkpoint.manifest.directory)
+    _check_whole(checkpoint, sizes, lambda: objects.exists(path / MANIFEST_NAME))
     return checkpoint
 
 
 def is_newer(path: Place) -> bool:
     """Whether a step that this library cannot read was committed by a later version of it, which can."""
     place = path / MANIFEST_NAME
-    if not place.is_file() or place.stat().st_size > MAX_BYTES:
-        return False
     try:
-        version = json.loads(place.read_bytes())["format_version"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        size = durable.file_size(place) if isinstance(place, Path) else objects.size(place)
+        if size is None or size > MAX_BYTES:
+            return False
+        data = place.read_bytes() if isinstance(place, Path) else objects.read(place)
+        version = json.loads(data)["format_version"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         return False
     return isinstance(version, int) and version > FORMAT_VERSION
 
@@ -120,7 +120,22 @@ def _read_remote_manifest(path: UPath) -> Manifest:
     return parse_manifest(objects.read(place), place)
 
 
-def _check_whole(checkpoint: Checkpoint, sizes: Mapping[str, int | None]) -> None:
+def _check_whole(checkpoint: Checkpoint, sizes: Mapping[str, int | None], is_there: Callable[[], bool]) -> None:
+    """Compare the sizes of a step's files with its manifest, which a pruner takes away before them.
+
+    Raises:
+        NotACheckpointError: they differ, and the manifest is not there any more.
+        DamagedError: they differ.
+    """
+    try:
+        _check_sizes(checkpoint, sizes)
+    except DamagedError:
+        if is_there():
+            raise
+        raise NotACheckpointError(f"{checkpoint.path}: deleted by a pruner meanwhile.") from None
+
+
+def _check_sizes(checkpoint: Checkpoint, sizes: Mapping[str, int | None]) -> None:
     """Compare the manifest with the directory's name, and with the sizes of its files in bytes, None for no file.
 
     Raises:

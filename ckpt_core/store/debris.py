@@ -38,14 +38,22 @@ def empty(trash: UPath) -> None:
 
 
 def delete_unless_committed(target: UPath, directory: str) -> None:
-    """Delete the files below a directory of a step, unless its manifest names that directory."""
+    """Delete the files below a directory of a step, unless its manifest names that directory.
+
+    Raises:
+        DamagedError: the manifest cannot be read, so it may name it; nothing was deleted.
+    """
     manifest = records.manifest_of(target)
     if manifest is None or manifest.directory != directory:
         objects.delete_all(target / directory, objects.sizes_below(target / directory))
 
 
 def _keep_if_committed(trash: UPath) -> None:
-    """Forget a pruner's intention, if it died before it deleted the manifest."""
+    """Forget a pruner's intention, if it died before it deleted the manifest.
+
+    Raises:
+        DamagedError: one of the two manifests cannot be read; nothing was deleted.
+    """
     manifest, target = records.manifest_of(trash), trash.parent / trash.name.removeprefix(TRASH).partition(".")[0]
     committed = records.manifest_of(target)
     if manifest is not None and committed is not None and manifest.digest() == committed.digest():
@@ -84,17 +92,20 @@ def set_aside(path: UPath) -> str | None:
     """Move a step's files, if it is damaged, but for those that somebody writes; return a sentence about it."""
     names = objects.sizes_below(path)
     writers = _writers(path)  # after the files, before the manifest: who commits meanwhile is seen to have
+    committed = _directory_of(path)  # before the check, so that it is not that of a commit after it
     try:
         open_remote(path)
     except (DamagedError, NotACheckpointError) as error:
         if is_newer(path):
             return f"{path}: left as it is. {error}"
-        committed = _directory_of(path)
         if MANIFEST_NAME in names and committed is None and writers:
             return f"{path}: damaged, but left as it is: a writer may be at work; repair again in a day. {error}"
         if committed in writers:  # it died after its commit; what is set aside is not debris
             writers.pop(committed).delete()
-        busy = set(writers) | _in_trash(path)
+        try:
+            busy = set(writers) | _in_trash(path)
+        except DamagedError as unreadable:
+            return f"{path}: damaged, but left as it is: what a pruner has yet to delete is not known. {unreadable}"
         loose = [name for name in names if not {name, name.partition("/")[0]} & busy]
         if not loose:
             return None
@@ -106,13 +117,17 @@ def set_aside(path: UPath) -> str | None:
 
 
 def _writers(path: UPath) -> dict[str | None, records.Record]:
-    """Return the notes of those who write a step, by the directory that they write."""
+    """Return the notes of those who may still write a step, by the directory that they write."""
     notes = [(*record.key.partition("."), record) for record in records.records_in(path.parent / records.STAGING)]
-    return {directory: record for step, _, directory, record in notes if step == path.name}
+    return {directory: record for step, _, directory, record in notes if step == path.name and not record.dead}
 
 
 def _in_trash(path: UPath) -> set[str]:
-    """Return the names below a step's directory that pruners have yet to delete."""
+    """Return the names below a step's directory that pruners have yet to delete.
+
+    Raises:
+        DamagedError: what one left cannot be read.
+    """
     trash = [name for name in objects.names_in(path.parent) if name.startswith(f"{TRASH}{path.name}.")]
     manifests = [records.manifest_of(path.parent / name) for name in trash]
     return {name for m in manifests if m for name in ([m.directory] if m.directory else m.files)}

@@ -24,7 +24,7 @@ from pathlib import Path
 from ckpt_core import durable, locks
 from ckpt_core.durable import rename_new
 from ckpt_core.errors import DamagedError, NotACheckpointError, StepExistsError
-from ckpt_core.format.manifest import MANIFEST_NAME, Manifest
+from ckpt_core.format.manifest import MANIFEST_NAME, Manifest, read_manifest
 from ckpt_core.retention import Retention
 from ckpt_core.store.checkpoint import Checkpoint, is_newer, open_local
 from ckpt_core.store.deletions import Deletions, attempt
@@ -204,7 +204,7 @@ class LocalStore:
         """Delete what dead writers and dead pruners left; yield each path, with what went wrong."""
         for path in directory.iterdir():
             if path.name.startswith(TRASH):
-                yield path, attempt(path, partial(durable.remove_tree, path))
+                yield path, attempt(path, partial(_empty, path))
             elif path.name.startswith(STAGING):
                 with locks.locked(path, locks.EXCLUSIVE_NOW) as held:
                     if held:
@@ -218,19 +218,30 @@ class LocalStore:
     def _bury(self, checkpoint: Checkpoint) -> Callable[[], None] | None:
         path = self.root / checkpoint.path.parent.name / checkpoint.path.name
         with locks.locked(path / MANIFEST_NAME, locks.EXCLUSIVE_NOW) as held:
-            if not held and not path.exists():
+            if not held and path.exists():
+                return None
+            if not held or read_manifest(path).digest() != checkpoint.manifest.digest():
                 raise NotACheckpointError(f"{path}: deleted by another pruner.")
-            if not held or checkpoint.step in self.pins(path.parent.name).values():
+            if checkpoint.step in self.pins(path.parent.name).values():
                 return None
             trash = path.with_name(f"{TRASH}{path.name}-{uuid.uuid4().hex}")
             path.rename(trash)
-            durable.sync_directory(trash.parent)
-        return partial(durable.remove_tree, trash)
+        return partial(_empty, trash)
+
+
+def _empty(trash: Path) -> None:
+    """Delete a step that has lost its name, once that is durable: no power cut brings half of it back."""
+    durable.sync_directory(trash.parent)
+    durable.remove_tree(trash)
 
 
 def _set_aside(path: Path) -> str | None:
-    """Rename a step if it is damaged; return a sentence about it."""
-    with locks.locked(path, locks.EXCLUSIVE_NOW) as held:  # who repairs at the same time must not meet its successor
+    """Rename a step if it is damaged; return a sentence about it.
+
+    Its directory is locked against others that repair, its manifest against those that prune or read.
+    """
+    manifest = path / MANIFEST_NAME
+    with locks.locked(path, locks.EXCLUSIVE_NOW) as held, locks.locked(manifest, locks.EXCLUSIVE_NOW) as unread:
         if not held:
             return None
         try:
@@ -238,6 +249,10 @@ def _set_aside(path: Path) -> str | None:
         except (DamagedError, NotACheckpointError) as error:
             if is_newer(path):
                 return f"{path}: left as it is. {error}"
+            if not held.in_place:  # pruned before its manifest was locked, and maybe saved again
+                return None
+            if not unread and manifest.exists():
+                return f"{path}: damaged, but left as it is: somebody reads it; repair again when that is over. {error}"
             aside = path.with_name(f"{DAMAGED}{path.name}-{uuid.uuid4().hex}")
             path.rename(aside)
             durable.sync_directory(aside.parent)

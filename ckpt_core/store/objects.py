@@ -62,8 +62,12 @@ def sizes_below(directory: UPath) -> dict[str, int]:
 
 
 def exists(place: UPath) -> bool:
-    """Whether there is an object."""
-    return bool(_call(place, "isfile"))
+    """Whether there is an object; one that cannot be asked for is an OSError."""
+    try:
+        size(place)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def size(place: UPath) -> int:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping
 
-from ckpt_core.errors import NotACheckpointError
+from ckpt_core.errors import CheckpointError, NotACheckpointError
 from ckpt_core.retention import Retention, StepFacts, kept
 from ckpt_core.store.checkpoint import Checkpoint
-from ckpt_core.store.deletions import Deletions, attempt
+from ckpt_core.store.deletions import Deletions, attempt, not_deleted
 from ckpt_core.store.names import CHAMPION
 from ckpt_core.store.protocol import Pruned
 
@@ -43,9 +43,8 @@ def take_away(checkpoints: list[Checkpoint], bury: Bury, deletions: Deletions, *
             free = bury(checkpoint)
         except NotACheckpointError:
             continue
-        except OSError as error:
-            errors.append(f"{checkpoint.path}: not deleted ({error}); the next prune of the run tries again.")
-            _log.warning("%s", errors[-1])
+        except (OSError, CheckpointError) as error:
+            errors.append(not_deleted(checkpoint.path, error))
             continue
         if free is None:
             _log.warning("%s: being read, or pinned just now, so not deleted", checkpoint.path)

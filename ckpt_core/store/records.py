@@ -9,6 +9,7 @@ Everything is in the name, `expiry` in seconds since 1970, so that one listing t
 
 from __future__ import annotations
 
+import errno
 import logging
 import random
 import re
@@ -38,7 +39,7 @@ LOCK_S = 600
 """How long a run is locked by who died while pruning, pinning or repairing; these hold it for some requests only."""
 
 GRACE_S = 3600
-"""How far the clocks of those who share a store may be apart."""
+"""How far the clocks of those who share a store may be apart; for those that prune, pin or repair, see `alone`."""
 
 _LOCK_WAIT_S = 60
 _NAME = re.compile(r"(.+)\.([0-9]{1,12})\.([0-9a-f]{32})")
@@ -90,7 +91,8 @@ def alone(run: UPath) -> Generator[None]:
     """Be the only one that prunes, pins or repairs in a run.
 
     Each leaves a note and then looks for others': of two at the same time, at least one sees the other's and draws
-    back for a random time. A dead one's expires.
+    back for a random time. A dead one's expires after `LOCK_S`, 10 minutes: clocks may be apart by that, less the time
+    that the run is held.
 
     Raises:
         CheckpointError: others never let go.
@@ -98,10 +100,14 @@ def alone(run: UPath) -> Generator[None]:
     end = time.monotonic() + _LOCK_WAIT_S
     while True:
         mine = write(run / LOCKS, "run", LOCK_S)
-        others = [record for record in records_in(run / LOCKS) if record.place.name != mine.place.name]
-        if not any(record.live for record in others):
-            break
-        mine.delete()
+        try:
+            notes = records_in(run / LOCKS)
+            others = [record for record in notes if record.live and record.place.name != mine.place.name]
+            if not others:
+                yield
+                return
+        finally:
+            mine.delete()
         if time.monotonic() > end:
             until = time.strftime("%H:%M:%S UTC", time.gmtime(max(record.expiry for record in others)))
             raise CheckpointError(
@@ -109,10 +115,6 @@ def alone(run: UPath) -> Generator[None]:
                 f"is dead, until {until}."
             )
         time.sleep(random.uniform(0.02, 0.5))  # noqa: S311 - not for secrets
-    try:
-        yield
-    finally:
-        mine.delete()
 
 
 def lease_key(step: str, manifest: Manifest) -> str:
@@ -140,7 +142,9 @@ def leased(path: UPath, manifest: Manifest) -> Generator[None]:
     if parse_step(path.name) is not None:  # a copy elsewhere is nobody's to prune
         try:
             record = write(path.parent / LEASES, lease_key(path.name, manifest), LEASE_S)
-        except PermissionError:
+        except OSError as error:
+            if not _is_read_only(error):
+                raise
             _log.warning("%s: read without a lease, which needs a right to write; a pruner may delete it", path)
     try:
         _check_there(path, manifest)
@@ -150,8 +154,18 @@ def leased(path: UPath, manifest: Manifest) -> Generator[None]:
             record.delete()
 
 
+def _is_read_only(error: OSError) -> bool:
+    """Whether an error says that nothing can be written there, now or later: for fsspec, that it knows no way to."""
+    refused = isinstance(error, PermissionError) or error.errno == errno.EROFS
+    return refused or isinstance(error.__cause__, NotImplementedError)
+
+
 def manifest_of(directory: UPath) -> Manifest | None:
-    """Return the manifest in a directory; None if there is none."""
+    """Return the manifest in a directory; None if there is none.
+
+    Raises:
+        DamagedError: it cannot be read.
+    """
     place = directory / MANIFEST_NAME
     try:
         return parse_manifest(objects.read(place), place)

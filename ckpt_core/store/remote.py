@@ -65,10 +65,12 @@ class RemoteStaging:
                 "others may have taken it for debris. Save again."
             )
         manifest = replace(manifest, directory=self.path.name)
+        data = manifest.to_bytes()
+        self.committed = None  # whatever stops the request, the store may still have it
         try:
-            objects.create(self.target / MANIFEST_NAME, manifest.to_bytes())
-        except CommitError:
-            self.committed = None
+            objects.create(self.target / MANIFEST_NAME, data)
+        except StepExistsError:
+            self.committed = False
             raise
         self.committed = True
         return Checkpoint(self.target, manifest)

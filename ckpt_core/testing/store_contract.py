@@ -14,7 +14,7 @@ import pytest
 
 from ckpt_core import durable
 from ckpt_core.errors import ArgumentError, DamagedError, NotACheckpointError, StepExistsError
-from ckpt_core.format.manifest import MANIFEST_NAME, FileRecord, Manifest
+from ckpt_core.format.manifest import MANIFEST_NAME, Manifest, record_bytes
 from ckpt_core.retention import Retention
 from ckpt_core.store import MAX_STEP, Checkpoint, Pruned, Staging, Store, open_checkpoint, open_store, step_name
 from ckpt_core.urls import place_of
@@ -34,15 +34,15 @@ def fill(staging: Staging, step: int, writer: int = 0) -> Manifest:
     for name in FILES:
         durable.make_parents(staging.path / name)
         durable.write_new(staging.path / name, content(step, name, writer))
-    files = {name: FileRecord(len(content(step, name, writer)), "xxh3_128:00") for name in FILES}
+    files = {name: record_bytes(content(step, name, writer)) for name in FILES}
     return Manifest(run=RUN, step=step, time="2026-01-01", world_size=1, metrics={"loss": -step}, files=files)
 
 
-def commit(store: Store, step: int, run: str = RUN) -> Checkpoint:
+def commit(store: Store, step: int, run: str = RUN, writer: int = 0) -> Checkpoint:
     """Write and commit a step."""
     staging = store.stage(run, step)
     try:
-        return staging.commit(fill(staging, step))
+        return staging.commit(fill(staging, step, writer))
     finally:
         store.release(staging)
 
@@ -207,6 +207,43 @@ class StoreContract:
         store.prune(RUN, NEWEST)
         with pytest.raises(NotACheckpointError, match="pruner"), listed.lease():
             pytest.fail("leased")
+        again = commit(store, 1, writer=1)
+        with pytest.raises(NotACheckpointError, match="pruner"), listed.lease():
+            pytest.fail("leased")
+        with again.lease():
+            check(again, writer=1)
+
+    def test_a_step_saved_again_is_not_the_pruners(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A pruner that listed a step, which others pruned and saved again since, leaves the new one alone."""
+        commit(store, 1)
+        commit(store, 2)
+        pruner, other = self.another(store), self.another(store)
+        real = pruner.pins
+
+        def late(run: str) -> dict[str, int]:
+            monkeypatch.undo()
+            assert other.prune(RUN, NEWEST) == Pruned(deleted=(1,))
+            commit(other, 1, writer=1)
+            return real(run)
+
+        monkeypatch.setattr(pruner, "pins", late)
+        assert pruner.prune(RUN, NEWEST) == Pruned()
+        first, _ = store.list(RUN)
+        check(first, writer=1)
+
+    def test_a_manifest_that_cannot_be_read_stops_nothing(self, store: Store) -> None:
+        """Beside a step whose manifest a later version wrote, others are saved, pruned and repaired."""
+        later = commit(store, 1).path / MANIFEST_NAME
+        later.write_bytes(later.read_bytes().replace(b'"format_version": 1', b'"format_version": 99'))
+        commit(store, 2)
+        commit(store, 3)
+        damaged = commit(store, 4)
+        cut(damaged)
+        assert store.prune(RUN, NEWEST) == Pruned(deleted=(2,))
+        kept, aside = store.repair(RUN)
+        assert "left as it is" in kept
+        assert "set aside" in aside
+        assert b'"format_version": 99' in later.read_bytes()
 
     def test_a_live_writer_is_left_alone(self, store: Store) -> None:
         """Neither a prune, nor a repair, nor another writer's stage touches what is being written."""

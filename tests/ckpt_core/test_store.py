@@ -20,7 +20,17 @@ from ckpt_core import durable, locks
 from ckpt_core.errors import ArgumentError, CommitError, DamagedError, NotACheckpointError, StepExistsError
 from ckpt_core.format.manifest import MANIFEST_NAME, Manifest
 from ckpt_core.retention import Retention
-from ckpt_core.store import MAX_STEP, LocalStore, Pruned, local_path, open_checkpoint, open_store, parse_step, step_name
+from ckpt_core.store import (
+    MAX_STEP,
+    LocalStore,
+    Pruned,
+    local,
+    local_path,
+    open_checkpoint,
+    open_store,
+    parse_step,
+    step_name,
+)
 
 PROGRAMS = Path(store_racer.__file__).parent
 ENVIRONMENT = {"PYTHONPATH": str(PROGRAMS.parents[2])}
@@ -316,6 +326,21 @@ class TestPrune:
         with pytest.raises(NotACheckpointError, match="pruner"), checkpoint.lease():
             pass
 
+    def test_pruned_while_it_is_opened(self, store, monkeypatch):
+        """A step that is pruned between the look at its manifest and that at its files is gone, not damaged."""
+        commit(store, 1)
+        commit(store, 2)
+        real = durable.file_size
+
+        def late(place):
+            monkeypatch.undo()
+            store.prune(RUN, Retention(keep_last=1))
+            return real(place)
+
+        monkeypatch.setattr(durable, "file_size", late)
+        with pytest.raises(NotACheckpointError, match="pruner"):
+            open_checkpoint(store.root / RUN / step_name(1))
+
     def test_latest_looks_again(self, store, monkeypatch):
         """Where all listed steps were pruned meanwhile, a newer one was committed: it is found."""
         commit(store, 1)
@@ -439,6 +464,62 @@ class TestRepair:
         assert store.repair(RUN) == []
         assert steps(store) == [1]
 
+    def test_a_prune_while_a_step_is_checked(self, store, monkeypatch):
+        """A whole step that others prune and save again while a repair checks it is not set aside, nor an error."""
+        commit(store, 1)
+        commit(store, 2)
+        real = local.open_local
+
+        def late(path):
+            monkeypatch.setattr(local, "open_local", real)
+            store.prune(RUN, Retention(keep_last=1))
+            try:
+                return real(path)
+            except NotACheckpointError:
+                commit(store, 1)
+                raise
+
+        monkeypatch.setattr(local, "open_local", late)
+        assert store.repair(RUN) == []
+        assert steps(store) == [1, 2]
+
+    @pytest.mark.parametrize("again", [False, True])
+    def test_a_prune_between_the_locks(self, store, monkeypatch, again):
+        """A step that is pruned before its manifest is locked, and maybe saved again, is not set aside."""
+        commit(store, 1)
+        commit(store, 2)
+        locked, real = locks.locked, local.open_local
+
+        def prune_first(path, mode):
+            if path == store.root / RUN / step_name(1) / MANIFEST_NAME:
+                monkeypatch.setattr(locks, "locked", locked)
+                assert store.prune(RUN, Retention(keep_last=1)).deleted == (1,)
+                monkeypatch.setattr(local, "open_local", late)
+            return locked(path, mode)
+
+        def late(path):
+            monkeypatch.setattr(local, "open_local", real)
+            try:
+                return real(path)
+            finally:
+                if again:
+                    commit(store, 1)
+
+        monkeypatch.setattr(locks, "locked", prune_first)
+        assert store.repair(RUN) == []
+        assert steps(store) == ([1, 2] if again else [2])
+
+    def test_a_damaged_step_that_is_read(self, store):
+        """A damaged step that somebody reads is left as it is, and that is told; later it is set aside."""
+        commit(store, 1)
+        checkpoint = store.latest(RUN)
+        (checkpoint.path / FILES[0]).unlink()
+        with checkpoint.lease():
+            (said,) = store.repair(RUN)
+        assert "somebody reads it" in said
+        assert checkpoint.path.exists()
+        assert "set aside" in store.repair(RUN)[0]
+
 
 class TestDeletions:
     """What goes wrong with a deletion."""
@@ -497,6 +578,55 @@ class TestDeletions:
         assert len(pruned.errors) == 1
         assert step_name(0) in pruned.errors[0]
         assert steps(store) == [0, 2]
+
+    def test_a_manifest_that_breaks_meanwhile(self, store, monkeypatch):
+        """A step that is damaged between the list and its deletion stays, which is told, and the others go."""
+        for step in range(4):
+            commit(store, step)
+        real = LocalStore._bury
+
+        def spoiled(self, checkpoint):
+            if checkpoint.step == 1:
+                (checkpoint.path / MANIFEST_NAME).write_bytes(b"{")
+            return real(self, checkpoint)
+
+        monkeypatch.setattr(LocalStore, "_bury", spoiled)
+        pruned = store.prune(RUN, Retention(keep_last=1))
+        assert pruned.deleted == (0, 2)
+        assert len(pruned.errors) == 1
+        assert step_name(1) in pruned.errors[0]
+        assert names(store) == [step_name(1), step_name(3)]
+
+    def test_a_deletion_that_is_not_durable(self, store, monkeypatch):
+        """Where the flush after the rename fails the step is deleted all the same; its bytes go after a flush."""
+        commit(store, 1)
+        commit(store, 2)
+        with monkeypatch.context() as patch:
+            self.fail(patch, store, "sync_directory")
+            pruned = store.prune(RUN, Retention(keep_last=1))
+            assert pruned.deleted == (1,)
+            assert "Input/output error" in pruned.errors[0]
+            assert len(store.prune(RUN, Retention(keep_last=1)).errors) == 1
+            assert len(names(store)) == 2
+        assert store.prune(RUN, Retention(keep_last=1)) == Pruned()
+        assert names(store) == [step_name(2)]
+
+    def test_an_unforeseen_error_hides_no_other(self, store, monkeypatch):
+        """What nobody foresaw in a deletion in the background is told by `wait`, beside what went wrong with others."""
+        for step in range(3):
+            commit(store, step)
+        failures = [RuntimeError("unforeseen"), OSError(5, "Input/output error")]
+
+        def fail(_):
+            raise failures.pop(0)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(durable, "remove_tree", fail)
+            assert store.prune(RUN, Retention(keep_last=1), background=True).deleted == (0, 1)
+            first, second = store.wait()
+        assert "unforeseen" in first
+        assert "Input/output error" in second
+        assert store.wait() == ()
 
     def test_a_pin_that_comes_between(self, store, monkeypatch):
         """A step that is pinned after the policy was applied, and before it is renamed, stays."""

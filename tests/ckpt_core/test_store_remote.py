@@ -1,5 +1,6 @@
 """A store without renames and locks: data first, then the manifest, and notes with a time on them."""
 
+import errno
 import itertools
 import json
 import threading
@@ -22,7 +23,8 @@ from ckpt_core.errors import (
     StepExistsError,
 )
 from ckpt_core.format.manifest import MANIFEST_NAME
-from ckpt_core.store import Pruned, open_checkpoint, open_store, records, step_name
+from ckpt_core.store import Pruned, debris, objects, open_checkpoint, open_store, records, step_name
+from ckpt_core.store.checkpoint import is_newer
 from ckpt_core.store.remote import RemoteStore
 from ckpt_core.testing.store_contract import FILES, NEWEST, RUN, check, commit, everything, fill, steps
 
@@ -191,6 +193,106 @@ class TestExpiry:
         assert store.pins(RUN) == {"best": 1}
 
 
+class TestUnreadableManifests:
+    """What is not known to be debris stays, and stops nothing else."""
+
+    def spoil(self, place):
+        """Make a manifest one of a later version."""
+        place.write_bytes(place.read_bytes().replace(b'"format_version": 1', b'"format_version": 99'))
+
+    def test_under_a_dead_writers_note(self, store, clock):
+        """Files that a manifest that cannot be read may name stay, which is told; saving and pruning go on."""
+        staging = store.stage(RUN, 7)
+        self.spoil(staging.commit(fill(staging, 7)).path / MANIFEST_NAME)
+        clock(2 * DAY)
+        commit(store, 1)
+        commit(store, 2)
+        pruned = store.prune(RUN, NEWEST)
+        assert pruned.deleted == (1,)
+        assert len(pruned.errors) == 1
+        assert "update ckptflow" in pruned.errors[0]
+        assert any("left as it is" in sentence for sentence in store.repair(RUN))
+        assert set(everything(store)) >= {f"{RUN}/{step_name(7)}/{staging.path.name}/{name}" for name in FILES}
+
+    def test_that_is_none_under_a_dead_writers_note(self, store, clock):
+        """A damaged step whose writer died can be set aside, though its note cannot be acted upon before."""
+        staging = store.stage(RUN, 7)
+        (staging.commit(fill(staging, 7)).path / MANIFEST_NAME).write_bytes(b"{")
+        clock(2 * DAY)
+        assert any("set aside" in sentence for sentence in store.repair(RUN))
+        store.prune(RUN, NEWEST)
+        assert all(name.startswith(f"{RUN}/.damaged-") for name in everything(store))
+        assert len(everything(store)) == len(FILES) + 1
+
+    def test_on_release(self, store):
+        """A writer whose step another committed, unreadable here, is told of its own error, not of that."""
+        first, second = store.stage(RUN, 7), store.stage(RUN, 7)
+        manifest = fill(first, 7)
+        self.spoil(second.commit(fill(second, 7)).path / MANIFEST_NAME)
+        store.release(second)
+
+        def save():
+            try:
+                first.commit(manifest)
+            finally:
+                store.release(first)
+
+        with pytest.raises(StepExistsError):
+            save()
+
+    def test_in_the_trash(self, store):
+        """What a pruner left stays if it cannot be read, and the rest of the run is pruned and repaired."""
+        cut, _, _ = [commit(store, step) for step in (1, 2, 3)]
+        trash = store.root / RUN / f".trash-{step_name(1)}.0"
+        (trash / MANIFEST_NAME).write_bytes(b"{")
+        (cut.root / FILES[0]).write_bytes(b"cut")
+        pruned = store.prune(RUN, NEWEST)
+        assert pruned.deleted == (2,)
+        assert trash.name in pruned.errors[0]
+        said = store.repair(RUN)
+        assert any("left as it is: what a pruner has yet to delete is not known" in sentence for sentence in said)
+        assert (cut.root / FILES[1]).exists()
+
+
+class TestInterrupted:
+    """What Ctrl-C leaves."""
+
+    def test_while_the_manifest_is_sent(self, store, monkeypatch, clock):
+        """A commit that is interrupted while its manifest is sent keeps the data: the manifest may still come."""
+        real, sent = objects.create, []
+
+        def interrupted(place, data):
+            sent.append((place, data))
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(objects, "create", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            commit(store, 7)
+        real(*sent[0])
+        check(store.latest(RUN))
+        clock(2 * DAY)
+        store.prune(RUN, NEWEST)
+        check(store.latest(RUN))
+        assert len(everything(store)) == len(FILES) + 1
+
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("no network")])
+    def test_while_others_locks_are_listed(self, store, monkeypatch, error):
+        """Who wrote its note, and could not look for others', takes it back: nobody waits for it."""
+        commit(store, 1)
+        real = records.records_in
+
+        def fail(directory):
+            if directory.name == records.LOCKS:
+                raise error
+            return real(directory)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(records, "records_in", fail)
+            with pytest.raises(error if isinstance(error, type) else OSError):
+                store.pin(RUN, "best", 1)
+        assert records.records_in(store.root / RUN / records.LOCKS) == []
+
+
 class TestPruners:
     """Readers, pruners and pins between each other's steps."""
 
@@ -270,6 +372,59 @@ class TestPruners:
         with checkpoint.lease():
             check(checkpoint)
         assert "read without a lease" in caplog.text
+
+    @pytest.mark.parametrize("error", [OSError(errno.EROFS, "Read-only file system"), NotImplementedError()])
+    def test_a_reader_of_what_cannot_be_written(self, store, monkeypatch, caplog, error):
+        """On a file system that is read-only, or that fsspec cannot write to, a step is read without a lease."""
+        checkpoint = commit(store, 1)
+
+        def refuse(*_, **__):
+            raise error
+
+        monkeypatch.setattr(type(store.root.fs), "pipe_file", refuse)
+        with checkpoint.lease():
+            check(checkpoint)
+        assert "read without a lease" in caplog.text
+
+    def test_a_lease_that_fails(self, store, monkeypatch):
+        """Where a lease could be written, but was not, nothing is read without it."""
+        checkpoint = commit(store, 1)
+
+        def fail(*_, **__):
+            raise OSError("no network")
+
+        monkeypatch.setattr(type(store.root.fs), "pipe_file", fail)
+        with pytest.raises(OSError, match="no network"), checkpoint.lease():
+            pytest.fail("leased")
+
+    def test_an_answer_that_does_not_come(self, store, monkeypatch):
+        """Where a store cannot say whether a manifest is there, that is an error, and not taken for no."""
+        checkpoint = commit(store, 1)
+
+        def fail(*_, **__):
+            raise OSError("no network")
+
+        monkeypatch.setattr(type(store.root.fs), "info", fail)
+        for ask in (lambda: objects.exists(checkpoint.path / MANIFEST_NAME), lambda: is_newer(checkpoint.path)):
+            with pytest.raises(OSError, match="no network"):
+                ask()
+
+    def test_a_commit_during_a_repair(self, store, monkeypatch):
+        """A step that is committed just after a repair looked for its manifest stays as it is."""
+        staging = store.stage(RUN, 7)
+        manifest = fill(staging, 7)
+        real = debris.open_remote
+
+        def late(path):
+            try:
+                return real(path)
+            finally:
+                staging.commit(manifest)
+
+        monkeypatch.setattr(debris, "open_remote", late)
+        assert store.repair(RUN) == []
+        store.release(staging)
+        check(store.latest(RUN))
 
     def test_a_failed_deletion_in_the_background(self, store, monkeypatch):
         """What went wrong in the background is told by `wait`, once; the next prune finishes it."""
