@@ -94,7 +94,7 @@ def summarize(url: str | Place) -> Summary:
             )
         export = None
         if file_size(place / EXPORT_NAME) is not None:
-            export = read_export(place)  # pyright: ignore[reportArgumentType] - it reads any place
+            export = read_export(place)
         names = [entry.name for entry in tensors.place.iterdir()] if place == tensors.place else [place.name]
         kind = "export" if export else "huggingface"
         return Summary(str(place), kind, tensors.facts, (), _sizes(tensors.place, names), export=export)

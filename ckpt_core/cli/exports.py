@@ -77,8 +77,8 @@ def _convert(options: argparse.Namespace) -> Answer:
     if options.plan:
         return _show(plan_export(directory, assets, **settings))
     settings |= {"overwrite": options.overwrite, "allow_nonfinite": options.allow_nonfinite}
-    if step and own:
-        export = convert_checkpoint(step, target, **settings)
+    if step:
+        export = convert_checkpoint(step, target, assets=assets, **settings)
     else:
         export = convert(directory, target, assets=assets, **settings)
     facts: dict[str, Any] = {"path": str(export.path), "architecture": export.architecture, "files": export.files}

@@ -9,16 +9,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from ckpt_core import durable
-from ckpt_core.errors import ArgumentError, DamagedError, ExportExistsError, NotACheckpointError, StepExistsError
+from ckpt_core.errors import ArgumentError, ExportExistsError, NotACheckpointError, StepExistsError
 from ckpt_core.export.architecture import find_architecture
 from ckpt_core.export.assets import CONFIG_NAME, EXPORT_NAME, Assets, read_assets
 from ckpt_core.export.plan import Plan, make_plan
+from ckpt_core.export.record import FORMAT_VERSION, Export, read_export
 from ckpt_core.format.digests import digest_bytes
 from ckpt_core.format.index import METADATA_NAME, read_index
 from ckpt_core.format.manifest import MANIFEST_NAME, record_file
@@ -41,30 +41,14 @@ __all__ = [
     "read_export",
 ]
 
-FORMAT_VERSION = 1
 DEFAULT_SHARD_BYTES = 5_000_000_000
-
-
-@dataclass(frozen=True)
-class Export:
-    """A Hugging Face directory that `convert` wrote, and what its `export.json` says."""
-
-    path: Place
-    source: Mapping[str, Any]
-    files: Mapping[str, Mapping[str, Any]]
-    rules: tuple[str, ...]
-    architecture: str
-
-    @property
-    def nbytes(self) -> int:
-        """Size of all files in bytes, `export.json` aside."""
-        return sum(record["bytes"] for record in self.files.values())
 
 
 def convert_checkpoint(
     checkpoint: Checkpoint,
     target: Path,
     *,
+    assets: Assets | None = None,
     dtype: str | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
@@ -72,17 +56,16 @@ def convert_checkpoint(
     trust_remote_code: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Export:
-    """Convert a committed step, whose assets give config and tokenizer; see `convert`."""
-    model, assets = checkpoint.component("model"), checkpoint.component("assets")
-    if model is None or assets is None:
-        lacking = "model" if model is None else "assets (config and tokenizer)"
-        raise NotACheckpointError(f"{checkpoint.path}: has no {lacking}, so there is nothing to convert.")
+    """Convert a committed step, whose own assets give config and tokenizer unless `assets` does; see `convert`."""
+    model = checkpoint.component("model")
+    if model is None:
+        raise NotACheckpointError(f"{checkpoint.path}: has no model, so there is nothing to convert.")
     manifest = checkpoint.manifest
     with checkpoint.lease():
         return convert(
             model,
             target,
-            assets=read_assets(assets, trust_remote_code=trust_remote_code),
+            assets=assets or _own_assets(checkpoint, trust_remote_code=trust_remote_code),
             dtype=dtype,
             max_shard_bytes=max_shard_bytes,
             overwrite=overwrite,
@@ -146,35 +129,6 @@ def plan_export(
     return make_plan(index, architecture, dtype=dtype, max_shard_bytes=max_shard_bytes, where=str(directory))
 
 
-def read_export(path: Place) -> Export:
-    """Read what `export.json` says, and check that the files are there in the sizes that it says.
-
-    Raises:
-        NotACheckpointError: there is no `export.json`.
-        DamagedError: it is not readable, or a file is missing or has another size.
-    """
-    record = path / EXPORT_NAME
-    if not record.is_file():
-        raise NotACheckpointError(
-            f"{path}: no {EXPORT_NAME}, so not an export of ckptflow; make one with `ckpt convert`."
-        )
-    try:
-        document = cast("dict[str, Any]", json.loads(record.read_bytes()))
-        if document["format_version"] != FORMAT_VERSION:
-            raise DamagedError(f"{record}: format_version {document['format_version']!r}; update ckptflow.")
-        export = Export(path, document["source"], document["files"], tuple(document["rules"]), document["architecture"])
-        sizes = {name: int(entry["bytes"]) for name, entry in export.files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, DamagedError):
-            raise
-        raise DamagedError(f"{record}: not an export's record ({error}); convert again.") from None
-    for name, size in sizes.items():
-        file = path / name
-        if Path(name).name != name or not file.is_file() or file.stat().st_size != size:
-            raise DamagedError(f"{file}: missing or not of {size} bytes, as {EXPORT_NAME} says; convert again.")
-    return export
-
-
 def sha256_of(path: Place) -> str:
     """Return the sha256 of a file, in hexadecimal."""
     return record_file(path, "sha256").digest.removeprefix("sha256:")
@@ -207,6 +161,13 @@ def check_free(target: Path, *, overwrite: bool) -> None:
     """
     if os.path.lexists(target) and not overwrite:
         raise ExportExistsError(f"{target}: exists; give another directory, or pass overwrite to replace it.")
+
+
+def _own_assets(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Assets:
+    own = checkpoint.component("assets")
+    if own is None:
+        raise NotACheckpointError(f"{checkpoint.path}: has no assets (config and tokenizer); name a config.")
+    return read_assets(own, trust_remote_code=trust_remote_code)
 
 
 def _fill(

@@ -48,7 +48,7 @@ def verify_export(place: Place, work: Work) -> Report:
 def _record(place: Place, work: Work) -> Export | None:
     """Read what `export.json` says; weights that it does not name are wrong, as `from_pretrained` might load them."""
     try:
-        export = read_export(place)  # pyright: ignore[reportArgumentType] - it reads any place
+        export = read_export(place)
     except (CkptError, OSError) as error:
         work.findings.add("record", str(error))
         return None

@@ -251,6 +251,8 @@ def test_convert_makes_an_export(ckpt: Run, place: Path, tmp_path: Path) -> None
     facts = json.loads(out)
     assert (status, facts["architecture"], facts["path"]) == (0, "LlamaForCausalLM", str(tmp_path / "two"))
     assert "tokenizer.json" in facts["files"]
+    assert ckpt("convert", step_of(place), tmp_path / "three", "--model", place / "config")[0] == 0
+    assert json.loads((tmp_path / "three" / "export.json").read_text())["source"]["step"] == 1
     assert (tmp_path / "one" / "model.safetensors").read_bytes() == (
         tmp_path / "two" / "model.safetensors"
     ).read_bytes()

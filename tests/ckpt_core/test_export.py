@@ -141,6 +141,46 @@ class TestBytes:
         with pytest.raises(errors.DamagedError, match=r"config\.json"):
             read_export(export.path)
 
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            ({"files": {"config.json": {"bytes": 2}}}, "sha256 None"),
+            ({"files": {"config.json": {"bytes": 2, "sha256": 5}}}, "sha256 5"),
+            ({"files": {"config.json": {"bytes": "2", "sha256": "0" * 64}}}, "bytes '2'"),
+            ({"files": {"config.json": {"bytes": -2, "sha256": "0" * 64}}}, "bytes -2"),
+            ({"files": {"config.json": {"bytes": True, "sha256": "0" * 64}}}, "bytes True"),
+            ({"files": {"config.json": {"bytes": 3, "sha256": "0" * 64}}}, "not of 3 bytes"),
+            ({"files": {"config.json": 2}}, "config.json is a int"),
+            ({"files": {"../export/config.json": {"bytes": 2, "sha256": "0" * 64}}}, "no plain name"),
+            ({"files": {"a\0b": {"bytes": 2, "sha256": "0" * 64}}}, "no plain name"),
+            ({"files": {"a" * 256: {"bytes": 2, "sha256": "0" * 64}}}, "no plain name"),
+            ({"files": []}, "files is a list"),
+            ({"source": "x"}, "source is a str"),
+            ({"rules": "x"}, "rules is a str"),
+            ({"rules": [1]}, "a rule is a int"),
+            ({"architecture": None}, "architecture is a NoneType"),
+            ({"format_version": 2}, "format_version 2"),
+        ],
+    )
+    def test_a_record_that_is_none(self, tmp_path: Path, change: dict[str, Any], said: str) -> None:
+        """A record whose fields are missing, or are not what they must be, is a DamagedError that names the field."""
+        (tmp_path / "config.json").write_text("{}")
+        files = {"config.json": {"bytes": 2, "sha256": hashlib.sha256(b"{}").hexdigest()}}
+        good = {"format_version": 1, "architecture": "A", "source": {}, "files": files, "rules": []}
+        (tmp_path / "export.json").write_text(json.dumps(good))
+        assert read_export(tmp_path).nbytes == 2
+        (tmp_path / "export.json").write_text(json.dumps({**good, **change}))
+        with pytest.raises(errors.DamagedError) as caught:
+            read_export(tmp_path)
+        assert said in str(caught.value)
+
+    @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[]", b"[" * 100_000, b" " * 64_000_001])
+    def test_a_record_that_is_no_json(self, tmp_path: Path, content: bytes) -> None:
+        """What is no JSON object, nests too deep or is too large is a DamagedError."""
+        (tmp_path / "export.json").write_bytes(content)
+        with pytest.raises(errors.DamagedError, match="not an export's record"):
+            read_export(tmp_path)
+
     def test_progress_adds_up(self, tmp_path: Path, llama: tuple[Path, Assets]) -> None:
         """The bytes that are told are those of all tensors."""
         told: list[int] = []
@@ -326,6 +366,15 @@ class TestSources:
         bare = PyTorchCheckpoint(hyperparameters={"a": 1}).save(tmp_path / "store", step=5, run="r")
         with pytest.raises(errors.NotACheckpointError, match="has no model"):
             convert_checkpoint(open_checkpoint(str(bare.url)), tmp_path / "bare")
+
+    def test_a_committed_step_with_other_assets(self, tmp_path: Path) -> None:
+        """Assets that are given stand in for the step's own, and the record names the step all the same."""
+        model = model_of("llama tied")
+        saved = PyTorchCheckpoint(module=model).save(tmp_path / "store", step=4, run="r")
+        other = Assets(model.config.to_dict(), {"notes.txt": b"other"})
+        export = convert_checkpoint(open_checkpoint(str(saved.url)), tmp_path / "export", assets=other)
+        assert contents(export.path)["notes.txt"] == b"other"
+        assert (export.source["run"], export.source["step"]) == ("r", 4)
 
     @pytest.mark.parametrize("prefix", ["", "model.", "state.model."])
     def test_names_in_front_of_the_models_are_removed(
