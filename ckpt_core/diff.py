@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from ckpt_core.distance import Distance, measure, same_bits, varies
+from ckpt_core.errors import MismatchError
 from ckpt_core.locate import OTHER_COMPONENTS
 from ckpt_core.tensors import HfTensors, StoredTensors, TensorFacts, open_tensors
 
@@ -68,6 +69,7 @@ def diff(a: str | Place, b: str | Place) -> Diff:
 
     Raises:
         NotACheckpointError: there is neither a checkpoint nor an export at one of them.
+        MismatchError: two names of a checkpoint are one without the prefix.
         CheckpointError: one is damaged or hostile.
     """
     with open_tensors(a) as first, open_tensors(b) as second:
@@ -91,7 +93,7 @@ class _Sides:
         """Return the names of a side's tensors by those to compare."""
         if not self.mixed or isinstance(side, HfTensors):
             return {name: name for name in side.facts}
-        return {name.removeprefix(self.prefix): name for name in side.facts if not name.startswith(OTHER_COMPONENTS)}
+        return _without_prefix(self.prefix, [n for n in side.facts if not n.startswith(OTHER_COMPONENTS)], side.place)
 
     def compare(self, name: str) -> TensorDiff:
         """Return how a tensor differs."""
@@ -132,6 +134,19 @@ def _prefix(stored: Iterable[str], names: Mapping[str, Any]) -> str:
     """Return what most of the checkpoint's names have before the export's; of equally many, the shortest."""
     found = Counter(name[:cut] for name in stored for cut in _cuts(name) if name[cut:] in names)
     return min(found, key=lambda prefix: (-found[prefix], len(prefix)), default="")
+
+
+def _without_prefix(prefix: str, stored: Iterable[str], place: Place) -> dict[str, str]:
+    """Return names by what they are without the prefix; those that do not have it stay."""
+    found: dict[str, str] = {}
+    for name in stored:
+        other = found.setdefault(name.removeprefix(prefix), name)
+        if other != name:
+            raise MismatchError(
+                f"{place}: {other} and {name} are one name without the prefix {prefix!r} that the export lacks, so "
+                "which is meant is not known; compare checkpoints of the model alone."
+            )
+    return found
 
 
 def _cuts(name: str) -> Iterator[int]:

@@ -60,35 +60,46 @@ class StoredTensors(Protocol):
 def open_tensors(url: str | Place) -> StoredTensors:
     """Open a committed step (its model), any DCP directory, any Hugging Face directory, or a safetensors file.
 
+    A step is leased until they are closed, so that no pruner deletes it meanwhile.
+
     Raises:
         NotACheckpointError: it is none of them.
         CheckpointError: it is damaged or hostile.
     """
     place = place_of(url)
-    if file_size(place / MANIFEST_NAME) is not None:
-        place = open_checkpoint(place).root
+    with ExitStack() as held:
+        if file_size(place / MANIFEST_NAME) is not None:
+            checkpoint = open_checkpoint(place)
+            held.enter_context(checkpoint.lease())
+            place = checkpoint.root
+        return _open(place, held)
+
+
+def _open(place: Place, held: ExitStack) -> StoredTensors:
+    """Open what lies at `place`; what is held until it is closed changes hands once that has gone well."""
     try:
         directory = find_dcp(place)
     except NotACheckpointError:
         if not has_weights(place):
             raise
-        return HfTensors(read_weights(place))
+        weights = read_weights(place)
+        return HfTensors(weights, held.pop_all())
     index = read_index(directory)
     check_files(directory, index)
-    return DcpTensors(directory, index)
+    return DcpTensors(directory, index, held.pop_all())
 
 
 class DcpTensors:
     """The tensors of a DCP directory."""
 
-    def __init__(self, directory: Place, index: Index) -> None:
+    def __init__(self, directory: Place, index: Index, held: ExitStack) -> None:
         self.place = directory
         self.index = index
         self.facts = {
             name: TensorFacts(e.dtype, e.shape, e.nbytes, tuple(chunk.span.file for chunk in e.chunks))
             for name, e in index.tensors.items()
         }
-        self._opened = ExitStack()
+        self._opened = held
         self._files: Any = None
 
     def __enter__(self) -> DcpTensors:
@@ -109,7 +120,7 @@ class DcpTensors:
 class HfTensors:
     """The tensors of a Hugging Face directory."""
 
-    def __init__(self, weights: HfWeights) -> None:
+    def __init__(self, weights: HfWeights, held: ExitStack) -> None:
         self.place = weights.place
         self.weights = weights
         self._tensors = weights.tensors
@@ -117,7 +128,7 @@ class HfTensors:
             name: TensorFacts(tensor.dtype or tensor.code, tensor.shape, tensor.nbytes, (file,))
             for name, (file, tensor) in self._tensors.items()
         }
-        self._opened = ExitStack()
+        self._opened = held
         self._sources: dict[str, Source] = {}
 
     def __enter__(self) -> HfTensors:

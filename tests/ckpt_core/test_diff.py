@@ -13,8 +13,11 @@ from small_transformers import model_of, tokenizer
 
 from ckpt_core import PyTorchCheckpoint, open_checkpoint
 from ckpt_core.diff import Diff, TensorDiff, diff
-from ckpt_core.errors import NotACheckpointError, UntrustedError
+from ckpt_core.errors import MismatchError, NotACheckpointError, UntrustedError
 from ckpt_core.export import convert_checkpoint
+from ckpt_core.retention import Retention
+from ckpt_core.store import open_store
+from ckpt_core.tensors import open_tensors
 
 BASE = {
     "a": torch.arange(6.0).reshape(2, 3),
@@ -100,6 +103,16 @@ def test_a_step_and_its_export(made: Path) -> None:
         assert by_name(found)["model.norm.weight"].status == "equal"
 
 
+def test_an_open_step_is_leased(tmp_path: Path) -> None:
+    """No pruner deletes a step while its tensors are open; afterwards it may."""
+    saved = [PyTorchCheckpoint(torch.nn.Linear(2, 2)).save(tmp_path, step=step, run="r") for step in (1, 2)]
+    keep = Retention(keep_last=1)
+    with open_tensors(saved[0].url) as tensors:
+        assert open_store(tmp_path).prune("r", keep).leased == (1,)
+        assert sum(block.numel() for name in tensors.facts for block in tensors.blocks(name)) == 6
+    assert open_store(tmp_path).prune("r", keep).deleted == (1,)
+
+
 def test_an_export_in_another_type(made: Path) -> None:
     """An export in bfloat16 differs in type, by no more than rounding."""
     found = diff(made / "export", made / "half")
@@ -126,6 +139,18 @@ def test_what_stands_beside_the_model(tmp_path: Path) -> None:
     a = save_dcp({"x.w": torch.ones(2), "optim.w.step": torch.ones(1)}, tmp_path / "a")
     assert diff(a, save_hf({"w": torch.ones(2)}, tmp_path / "b")).equal
     assert diff(a, save_dcp({"x.w": torch.ones(2)}, tmp_path / "c")).counts == {"equal": 1, "only in a": 1}
+
+
+def test_two_names_that_meet(tmp_path: Path) -> None:
+    """Two stored tensors that are one name without the prefix are refused, for one would never be compared."""
+    export = save_hf({"w": torch.ones(2), "v": torch.ones(2)}, tmp_path / "export")
+    stored = {"x.w": torch.ones(2), "x.v": torch.ones(2), "other": torch.ones(1)}
+    found = diff(save_dcp(stored, tmp_path / "apart"), export)
+    assert found.counts == {"equal": 2, "only in a": 1}
+    both = save_dcp({**stored, "w": torch.zeros(2)}, tmp_path / "both")
+    for a, b in ((both, export), (export, both)):
+        with pytest.raises(MismatchError, match=r"x\.w.*'x\.'"):
+            diff(a, b)
 
 
 def test_nothing_in_common(tmp_path: Path) -> None:
