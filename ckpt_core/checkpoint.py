@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib import import_module
@@ -162,14 +163,16 @@ class PyTorchCheckpoint(DataClassJsonMixin):
             MismatchError (a ValueError): the state does not fit the objects.
             CheckpointError: there is no such state, or it is damaged or hostile.
         """
-        from ckpt_core import ranks, state_dicts, trainer
-        from ckpt_core.restore import load_model, load_optimizer
+        from ckpt_core import ranks, state_dicts
+        from ckpt_core.restore import check_records, load_model, load_optimizer, load_trainer
         from ckpt_core.state import OptimizerState
 
         if scheduler is not None and optimizer is None:
             raise ArgumentError("restore: a scheduler's state goes with its optimizer's; give the optimizer too.")
         checkpoint = ranks.together(self._stored)
-        with checkpoint.lease():
+        with ExitStack() as held:
+            ranks.together(lambda: held.enter_context(checkpoint.lease()))
+            ranks.together(lambda: check_records(checkpoint, ranks.rank()))
             if module is not None:
                 load_model(module, self._component(checkpoint, "model"))
                 if optimizer is not None:
@@ -179,12 +182,7 @@ class PyTorchCheckpoint(DataClassJsonMixin):
                 if checkpoint.component("model") is not None:
                     raise ArgumentError("restore: this optimizer was saved by its module's names; give the module too.")
                 state_dicts.load_optimizer(optimizer, scheduler, self._component(checkpoint, "optimizer"))
-            directory = checkpoint.component("trainer")
-            if directory is None:
-                return {}
-            if rng:
-                trainer.restore_generators(directory, ranks.rank())
-            return trainer.load(directory)
+            return ranks.together(lambda: load_trainer(checkpoint, ranks.rank(), generators=rng))
 
     def __getitem__(self, key: str) -> Any:
         if key == MODULE_KEY:
@@ -368,9 +366,11 @@ class PyTorchCheckpoint(DataClassJsonMixin):
         if self._reference is None or getattr(self._reference, attribute) is None:
             raise KeyError(f"{attribute}_state_dict: this checkpoint has no {attribute}.")
         from ckpt_core import state_dicts
+        from ckpt_core.restore import check_records
 
         checkpoint = self._stored()
         with checkpoint.lease():
+            check_records(checkpoint, 0)
             directory = self._component(checkpoint, component)
             if component == "model":
                 return state_dicts.read_model(directory)

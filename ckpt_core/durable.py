@@ -78,7 +78,7 @@ class RemoteSink:
     """A new object, sent in parts; it is there when it is sealed."""
 
     def __init__(self, place: UPath) -> None:
-        self._file: Any = file_system(place).open(place.path, "wb", block_size=_PART_BYTES)
+        self._file: Any = file_system(place).open(place.path, "xb", block_size=_PART_BYTES)
 
     def write(self, data: memoryview) -> None:
         """Append all of `data`."""

@@ -13,14 +13,17 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch.distributed.tensor import DTensor
 
-from ckpt_core import io, ranks
-from ckpt_core.errors import MismatchError
-from ckpt_core.format.index import METADATA_NAME, Index, Keys, TensorEntry, read_index
+from ckpt_core import io, ranks, trainer
+from ckpt_core.errors import DamagedError, MismatchError
+from ckpt_core.format.digests import algorithm_of
+from ckpt_core.format.index import METADATA_NAME, TWIN_NAME, Index, Keys, TensorEntry, read_index
+from ckpt_core.format.manifest import record_file
 from ckpt_core.io.nesting import nest
 from ckpt_core.locate import OTHER_COMPONENTS, find_prefix
 from ckpt_core.state import OPTIMIZER_KEY, UNUSED_KEY, ModelState, OptimizerState
 
 if TYPE_CHECKING:
+    from ckpt_core.store import Checkpoint
     from ckpt_core.urls import Place
 
 _EXTRA = "_extra_state"
@@ -59,9 +62,14 @@ def load_optimizer(state: OptimizerState, directory: Place) -> None:
     Raises:
         MismatchError: the checkpoint's optimizer has other parameters, or state of another kind.
     """
-    if not (directory / METADATA_NAME).exists() and (directory / "optimizer" / METADATA_NAME).exists():
-        directory = directory / "optimizer"
-    index = ranks.together(lambda: read_index(directory))
+
+    def look() -> tuple[Place, Index]:
+        below = directory / "optimizer"
+        at_top = (directory / METADATA_NAME).exists() or not (below / METADATA_NAME).exists()
+        found = directory if at_top else below
+        return found, read_index(found)
+
+    directory, index = ranks.together(look)
     flat = ranks.together(lambda: _optimizer_targets(state, index, directory))
     io.load(flat, directory, index=index)
     loaded = nest(flat, index.paths, str(directory))[OPTIMIZER_KEY]
@@ -72,6 +80,38 @@ def load_optimizer(state: OptimizerState, directory: Place) -> None:
     if "sched" in loaded and state.scheduler is not None:
         filled["sched"] = like(state.scheduler.state_dict(), loaded["sched"])
     state.load_state_dict(filled)
+
+
+def load_trainer(checkpoint: Checkpoint, rank: int, *, generators: bool) -> dict[str, Any]:
+    """Return a step's counters, empty if it has none, and set this rank's generators if asked to.
+
+    Raises:
+        DamagedError: they are not readable.
+    """
+    directory = checkpoint.component("trainer")
+    if directory is None:
+        return {}
+    if generators:
+        trainer.restore_generators(directory, rank)
+    return trainer.load(directory)
+
+
+def check_records(checkpoint: Checkpoint, rank: int) -> None:
+    """Compare what of a step no CRC32 guards, and this rank reads, with the manifest: metadata and trainer state.
+
+    Raises:
+        DamagedError: a file is not what was committed.
+    """
+    own = {f"trainer/{trainer.STATE_NAME}", f"trainer/{trainer.rank_name(rank)}"}
+    for name, record in checkpoint.manifest.files.items():
+        if not (name in own or name.endswith((f"/{METADATA_NAME}", f"/{TWIN_NAME}"))):
+            continue
+        found = record_file(checkpoint.root / name, algorithm_of(record.digest))
+        if found != record:
+            raise DamagedError(
+                f"{checkpoint.root / name}: {found.bytes} bytes, {found.digest}; the manifest says {record.bytes}, "
+                f"{record.digest}. Restore a copy, or load an older step."
+            )
 
 
 def like(live: Any, stored: Any) -> Any:

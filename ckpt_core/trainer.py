@@ -32,7 +32,7 @@ _MAX_BYTES = 1 << 26
 
 def content(state: Mapping[str, Any], rank: int) -> dict[str, bytes]:
     """Return this rank's generators as they are now and, on rank 0, the counters: as files by name."""
-    files = {_rank_name(rank): _generators()}
+    files = {rank_name(rank): _generators()}
     if rank == 0:
         files[STATE_NAME] = (json.dumps(state, indent=1) + "\n").encode()
     return files
@@ -56,7 +56,7 @@ def restore_generators(directory: Place, rank: int) -> bool:
 
     A checkpoint that more ranks load than saved it has none for the last ones, which keep their own.
     """
-    path = directory / _rank_name(rank)
+    path = directory / rank_name(rank)
     if not path.exists():
         return False
     try:
@@ -75,7 +75,8 @@ def _read(path: Place) -> bytes:
     return path.read_bytes()
 
 
-def _rank_name(rank: int) -> str:
+def rank_name(rank: int) -> str:
+    """Return the name of the file with a rank's generators."""
     return f"rank_{rank:05d}.safetensors"
 
 

@@ -31,7 +31,7 @@ def place_of(url: str | Place) -> Place:
     from upath import UPath
 
     try:
-        place = UPath(url)
+        place = UPath(url, use_listings_cache=False)  # others write there too
         _ = place.fs  # finds the scheme's file system
     except (ImportError, ValueError) as error:
         raise ArgumentError(f"{text}: no store that can be reached here ({error}).") from None

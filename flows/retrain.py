@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from prefect import flow
+from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from pydantic import Field
 
 from ckpt_core import PyTorchCheckpoint, open_checkpoint, open_store
+from ckpt_core.errors import CheckpointError
 from ckpt_core.retention import Retention
-from ckpt_core.store import local_path
+from ckpt_core.store import CHAMPION, local_path
 from flows.convert import default_target
 from flows.summary import Summary, card
 from tasks import artifacts, record
@@ -94,8 +96,21 @@ def retrain(
         checks = [*validated["checks"], *checked]
         summary = Summary.of(checkpoints, checks, exported, compared, release, hub_directory)
         record.conclude(store, run, begun, summary.outcome())
-        open_store(store).prune(run, Retention(keep_last=keep_checkpoints))
+        _tidy(store, run, checkpoint if release else None, keep_checkpoints)
     return summary.to_dict()
+
+
+def _tidy(store: str, run: str, released: PyTorchCheckpoint | None, keep: int) -> None:
+    """Pin what was released as the champion, and delete what is to stay no longer; neither fails a retrain."""
+    opened, logger = open_store(store), get_run_logger()
+    try:
+        if released is not None and released.step is not None:
+            opened.pin(run, CHAMPION, released.step)
+        errors = opened.prune(run, Retention(keep_last=keep)).errors
+    except (CheckpointError, OSError) as error:
+        errors = (str(error),)
+    for error in errors:
+        logger.warning("old checkpoints of run %s: %s", run, error)
 
 
 def _prepare(store: str, run: str, model: ModelSettings, data: DataSettings) -> dict[str, Any]:

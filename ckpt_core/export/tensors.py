@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from ckpt_core.urls import Place
 
 BLOCK_BYTES = 8 << 20
+_OPEN_FILES = 64
 
 
 class ShardFiles:
@@ -30,7 +32,7 @@ class ShardFiles:
 
     def __init__(self, directory: Place) -> None:
         self._directory = directory
-        self._files: dict[str, Source] = {}
+        self._files: OrderedDict[str, Source] = OrderedDict()
 
     def __enter__(self) -> ShardFiles:
         return self
@@ -58,13 +60,16 @@ class ShardFiles:
 
     def _stream(self, name: str, entry: TensorEntry, chunk: Chunk) -> _Stream:
         where = f"{self._directory / chunk.span.file}: {name}"
-        file = self._file(chunk.span.file)
-        payload = locate_chunk(file, chunk.span, entry.dtype, chunk.sizes, where)
-        return _Stream(file, payload, chunk.offsets or (0,), chunk.sizes or (1,), where)
+        payload = locate_chunk(self.open(chunk.span.file), chunk.span, entry.dtype, chunk.sizes, where)
+        return _Stream(self, chunk.span.file, payload, chunk.offsets or (0,), chunk.sizes or (1,), where)
 
-    def _file(self, name: str) -> Source:
+    def open(self, name: str) -> Source:
+        """Return an open file; those used last stay open, however many ranks saved."""
         if name not in self._files:
+            if len(self._files) >= _OPEN_FILES:
+                self._files.popitem(last=False)[1].close()
             self._files[name] = open_source(self._directory / name)
+        self._files.move_to_end(name)
         return self._files[name]
 
 
@@ -87,13 +92,16 @@ def _boxes(shape: Shape, item: int) -> Iterator[tuple[Shape, int, Shape]]:
 class _Stream:
     """A chunk that is read from its first byte to its last: whoever goes through the tensor in order does that."""
 
-    file: Source
+    files: ShardFiles
+    name: str
     payload: Payload
     offsets: Shape
     sizes: Shape
     where: str
     done: int = 0
     crc32: int = 0
+    whole: torch.Tensor | None = None
+    """All of a chunk whose elements do not lie in row-major order."""
 
     def fill(self, block: torch.Tensor, outer: Shape, start: int) -> None:
         """Fill what a block has of this chunk; the block begins at `outer` and, in the next dimension, `start`."""
@@ -109,14 +117,20 @@ class _Stream:
         if self.payload.contiguous:
             self._read_next(box)
         else:
-            within = [index - offset for index, offset in zip(outer, self.offsets, strict=False)]
-            place = (*within, first - self.offsets[split], *[0] * (box.dim() - 1))
-            read_box(self.file, self.payload, box[(None,) * split], place, self.where)
+            within = tuple(index - offset for index, offset in zip(outer, self.offsets, strict=False))
+            box.copy_(self._read_whole()[within].narrow(0, first - self.offsets[split], last - first))
+
+    def _read_whole(self) -> torch.Tensor:
+        if self.whole is None:
+            self.whole = torch.empty(self.sizes, dtype=getattr(torch, self.payload.dtype))
+            target = self.whole.view(self.payload.shape)
+            read_box(self.files.open(self.name), self.payload, target, (0,) * target.dim(), self.where)
+        return self.whole
 
     def _read_next(self, box: torch.Tensor) -> None:
         rows = box if box.is_contiguous() else torch.empty(box.shape, dtype=box.dtype)
         offset = self.payload.offset + self.done
-        self.crc32 = read_digested(self.file, offset, raw_bytes(rows), self.crc32, self.where)
+        self.crc32 = read_digested(self.files.open(self.name), offset, raw_bytes(rows), self.crc32, self.where)
         self.done += rows.nbytes
         if self.done == self.payload.nbytes:
             check_crc32(self.payload, self.crc32, self.where)

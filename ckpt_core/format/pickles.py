@@ -76,6 +76,7 @@ def loads(data: bytes, table: Table, where: str) -> Any:
 
 
 _STOP = ord(".")
+_SPENT_PER_BYTE = 8
 _U16, _I32, _U32, _U64, _F64 = (struct.Struct(code) for code in ("<H", "<i", "<I", "<Q", ">d"))
 
 
@@ -86,6 +87,7 @@ class _Machine:
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
+        self.spent = 0
 
     def run(self) -> Any:
         data, operations = self.data, _OPERATIONS
@@ -153,6 +155,10 @@ class _Machine:
         arguments, function = self.stack.pop(), self.stack.pop()
         if type(arguments) is not tuple or not callable(function):
             raise TypeError("a call of what is no function")
+        items = cast("tuple[Any, ...]", arguments)
+        self.spent += 1 + sum(len(cast("Any", i)) for i in items if isinstance(i, (list, tuple, dict, str, bytes)))
+        if self.spent > _SPENT_PER_BYTE * len(self.data):  # each call may copy what it is given
+            raise ValueError("calls with more than the pickle has bytes")
         self.stack.append(function(*cast("tuple[Any, ...]", arguments)))
 
     def build(self) -> None:

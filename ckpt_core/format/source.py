@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from ckpt_core.durable import file_size, file_system
 from ckpt_core.errors import DamagedError
+from ckpt_core.format.digests import CACHED_BYTES
 
 if TYPE_CHECKING:
     from upath import UPath
@@ -25,6 +26,9 @@ class Source(Protocol):
 
     gap_bytes: int
     """Reading so many bytes that nobody asked for costs less than reading once more."""
+
+    block_bytes: int
+    """How much to read at a time."""
 
     def read_at(self, offset: int, buffer: memoryview) -> int:
         """Read bytes from `offset` on into `buffer`; return how many, 0 at the end of the file."""
@@ -83,6 +87,7 @@ class LocalSource(_Closing):
     """A file that the system reads."""
 
     gap_bytes = 0
+    block_bytes = CACHED_BYTES
 
     def __init__(self, path: Path) -> None:
         self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -102,6 +107,7 @@ class RemoteSource(_Closing):
     """A file of which each read is a request. Headers lie close together, so small reads share a window of bytes."""
 
     gap_bytes = 256 << 10
+    block_bytes = 8 << 20
 
     def __init__(self, place: UPath, size: int) -> None:
         self._fs, self._path, self._size = file_system(place), place.path, size

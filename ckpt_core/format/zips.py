@@ -68,6 +68,8 @@ def members(file: Source, span: Span, where: str) -> list[Member]:
             )
         found.append(Member(name, span.offset + local, size, crc32))
         position = start + name_length + extra_length + comment_length
+    if sum(member.nbytes for member in found) > span.length:
+        raise DamagedError(f"{where}: the zip at {span.offset} names more bytes than it has; restore a copy.")
     if len({member.name for member in found}) != count:
         raise DamagedError(f"{where}: the zip at {span.offset} holds a name twice; restore a copy of the file.")
     return found

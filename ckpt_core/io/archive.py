@@ -48,20 +48,21 @@ class Archive:
     """The zip around one tensor: `head`, then the elements in row-major order, then `tail` with their CRC32.
 
     Args:
-        tensor: on the CPU and row-major.
+        dtype: of the tensor.
+        shape: of the tensor, whose elements follow in row-major order.
 
     Attributes:
         head: what goes in front of the elements.
         page: where in its file it has to begin: at a multiple of this. The elements of a large one then do too.
     """
 
-    def __init__(self, tensor: torch.Tensor) -> None:
+    def __init__(self, dtype: torch.dtype, shape: Shape) -> None:
         self._records: list[_Record] = []
         self._size = 0
-        self._nbytes = tensor.nbytes
+        self._nbytes = math.prod(shape) * dtype.itemsize
         self.page = _PAGE if self._nbytes >= _LARGE else 1
         self._alignment = max(self.page, _ALIGNMENT)
-        small = {"data.pkl": _pickled(tensor.dtype, tuple(tensor.shape), tensor.stride()), ".format_version": b"1"}
+        small = {"data.pkl": _pickled(dtype, shape), ".format_version": b"1"}
         small |= {".storage_alignment": str(self._alignment).encode(), "byteorder": b"little"}
         head = [self._whole(name, data) for name, data in small.items()]
         self.head = b"".join(head) + self._begin("data/0", self._nbytes)
@@ -133,7 +134,7 @@ class _Storage:
 
 
 @lru_cache(maxsize=1024)
-def _pickled(dtype: torch.dtype, shape: Shape, stride: Shape) -> bytes:
+def _pickled(dtype: torch.dtype, shape: Shape) -> bytes:
     """Return the pickle by which `torch.load` knows a tensor, with its elements in a record of their own."""
     name = _STORAGES.get(str(dtype).removeprefix("torch."))
     kind: Any = getattr(torch, name) if name else torch.UntypedStorage
@@ -141,7 +142,7 @@ def _pickled(dtype: torch.dtype, shape: Shape, stride: Shape) -> bytes:
     buffer = io.BytesIO()
     pickler = _Pickler(buffer, identity)
     hooks: Any = OrderedDict()
-    layout = (_Storage(), 0, shape, stride, False, hooks)
+    layout = (_Storage(), 0, shape, torch.empty(shape, device="meta").stride(), False, hooks)
     rebuilt = (_rebuild_tensor_v2, layout) if name else (_rebuild_tensor_v3, (*layout, dtype))
     pickler.dump(_Reduced(rebuilt))
     return buffer.getvalue()

@@ -14,7 +14,7 @@ import torch
 
 from ckpt_core.errors import DamagedError
 from ckpt_core.format import dtypes
-from ckpt_core.format.digests import CACHED_BYTES, crc32
+from ckpt_core.format.digests import crc32
 from ckpt_core.format.index import Shape, Span
 from ckpt_core.format.payload import Payload, locate
 from ckpt_core.format.source import Source, read_into
@@ -136,6 +136,8 @@ def _read_strided(file: Source, payload: Payload, sizes: torch.Size, offsets: Sh
     raw = torch.empty(payload.nbytes, dtype=torch.uint8)
     check_crc32(payload, read_digested(file, payload.offset, raw_bytes(raw), 0, where), where)
     chunk = raw.view(getattr(torch, payload.dtype)).as_strided(payload.shape, payload.stride, payload.storage_offset)
+    if not payload.shape:
+        return chunk.reshape(sizes)
     for dimension, (start, length) in enumerate(zip(offsets, sizes, strict=True)):
         chunk = chunk.narrow(dimension, start, length)
     return chunk
@@ -143,8 +145,8 @@ def _read_strided(file: Source, payload: Payload, sizes: torch.Size, offsets: Sh
 
 def read_digested(file: Source, offset: int, buffer: memoryview, found: int, where: str) -> int:
     """Fill `buffer`; return the CRC32 of what came before and of it, taken while its bytes are in the cache."""
-    for start in range(0, len(buffer), CACHED_BYTES):
-        block = buffer[start : start + CACHED_BYTES]
+    for start in range(0, len(buffer), file.block_bytes):
+        block = buffer[start : start + file.block_bytes]
         read_into(file, offset + start, block, where)
         found = crc32(block, found)
     return found

@@ -9,8 +9,9 @@ import io
 import logging
 import os
 import pickle
-from contextlib import ExitStack
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,12 +76,11 @@ class SafeReader(StorageReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read each item of the plan into its tensor: several ranges of bytes at once, each file in its order."""
-        with ExitStack() as opened:
-            reads = self._begin(plan, planner, opened)
-            sizes = [read.target.nbytes for read in reads]
-            in_parallel(self._read, reads, sizes, remote=not isinstance(self.path, Path))
-            for read in reads:
-                planner.commit_tensor(read.item, read.target)
+        reads = self._begin(plan, planner)
+        sizes = [read.target.nbytes for read in reads]
+        in_parallel(self._read, reads, sizes, remote=not isinstance(self.path, Path))
+        for read in reads:
+            planner.commit_tensor(read.item, read.target)
         parts = sum(tuple(read.target.shape) != read.chunk.sizes for read in reads)
         if parts:
             _log.info("%s: of %d chunks only a part was read: structure checked, not the CRC32", self.path, parts)
@@ -88,34 +88,33 @@ class SafeReader(StorageReader):
         future.set_result(None)
         return future
 
-    def _begin(self, plan: LoadPlan, planner: LoadPlanner, opened: ExitStack) -> list[_Read]:
-        """Open the files, load the values, and return what is to be read into tensors."""
+    def _begin(self, plan: LoadPlan, planner: LoadPlanner) -> list[_Read]:
+        """Load the values, and return what is to be read into tensors, in the order of files and places."""
         assert self.index is not None
         chunks = _chunks(self.index)
         pairs = sorted(
             ((chunks[item.storage_index.fqn, _offsets(item)], item) for item in plan.items),
             key=lambda pair: (pair[0].span.file, pair[0].span.offset),
         )
-        names = sorted({chunk.span.file for chunk, _ in pairs})
-        files = {name: opened.enter_context(open_source(self.path / name)) for name in names}
-        reads: list[_Read] = []
-        for chunk, item in pairs:
-            if item.type == LoadItemType.BYTE_IO:
-                self._load_value(files[chunk.span.file], chunk, item, planner)
-            else:
-                reads.append(_Read(files[chunk.span.file], chunk, item, planner.resolve_tensor(item).detach()))
-        return reads
+        values = [pair for pair in pairs if pair[1].type == LoadItemType.BYTE_IO]
+        for name, group in groupby(values, key=lambda pair: pair[0].span.file):
+            with open_source(self.path / name) as file:
+                for chunk, item in group:
+                    where = self._where(chunk, item)
+                    planner.load_bytes(item, _harmless(load_value(file, chunk.span, where), where))
+        tensors = [pair for pair in pairs if pair[1].type != LoadItemType.BYTE_IO]
+        return [_Read(chunk, item, planner.resolve_tensor(item).detach()) for chunk, item in tensors]
 
-    def _load_value(self, file: Source, chunk: Chunk, item: ReadItem, planner: LoadPlanner) -> None:
-        where = self._where(chunk, item)
-        planner.load_bytes(item, _harmless(load_value(file, chunk.span, where), where))
-
-    def _read(self, read: _Read) -> None:
+    def _read(self, reads: Sequence[_Read]) -> None:
+        """Read neighbours: one file is open at a time, however many ranks saved."""
         assert self.index is not None
-        chunk, where = read.chunk, self._where(read.chunk, read.item)
-        entry = self.index.tensors[read.item.storage_index.fqn]
-        payload = locate_chunk(read.file, chunk.span, entry.dtype, chunk.sizes, where)
-        read_box(read.file, payload, read.target, tuple(read.item.storage_offsets), where)
+        for name, group in groupby(reads, key=lambda read: read.chunk.span.file):
+            with open_source(self.path / name) as file:
+                for read in group:
+                    chunk, where = read.chunk, self._where(read.chunk, read.item)
+                    entry = self.index.tensors[read.item.storage_index.fqn]
+                    payload = locate_chunk(file, chunk.span, entry.dtype, chunk.sizes, where)
+                    read_box(file, payload, read.target, tuple(read.item.storage_offsets), where)
 
     def _where(self, chunk: Chunk, item: ReadItem) -> str:
         return f"{self.path / chunk.span.file}: {item.storage_index.fqn}"
@@ -134,7 +133,6 @@ class SafeReader(StorageReader):
 class _Read:
     """One range of a tensor that is to be read."""
 
-    file: Source
     chunk: Chunk
     item: ReadItem
     target: torch.Tensor

@@ -20,28 +20,25 @@ def count_workers() -> int:
     return max(1, min(_MOST_WORKERS, len(os.sched_getaffinity(0)) // ranks))
 
 
-def in_parallel(read: Callable[[T], None], items: Sequence[T], sizes: Sequence[int], *, remote: bool = False) -> None:
-    """Call `read` on every item, neighbours in one thread, until one fails: its error is raised.
+def in_parallel(
+    read: Callable[[Sequence[T]], None], items: Sequence[T], sizes: Sequence[int], *, remote: bool = False
+) -> None:
+    """Call `read` with shares of the items, neighbours in one thread, until one fails: its error is raised.
 
     Args:
-        read: what to do with an item.
+        read: what to do with neighbours.
         items: in the order in which they lie in their files.
         sizes: of each, in bytes.
         remote: more threads, as each waits for answers most of its time.
     """
-    shares = list(_shares(items, sizes))
+    share_bytes = min(_SHARE_BYTES, sum(sizes) // _REMOTE_WORKERS) if remote else _SHARE_BYTES
+    shares = list(_shares(items, sizes, share_bytes))
     workers = min(len(shares), _REMOTE_WORKERS if remote else count_workers())
     if workers <= 1:
-        for item in items:
-            read(item)
+        read(items)
         return
-
-    def read_share(share: Sequence[T]) -> None:
-        for item in share:
-            read(item)
-
     with ThreadPoolExecutor(workers, thread_name_prefix="ckpt-read") as pool:
-        futures = [pool.submit(read_share, share) for share in shares]
+        futures = [pool.submit(read, share) for share in shares]
         try:
             for future in futures:
                 future.result()
@@ -49,13 +46,13 @@ def in_parallel(read: Callable[[T], None], items: Sequence[T], sizes: Sequence[i
             pool.shutdown(cancel_futures=True)
 
 
-def _shares(items: Sequence[T], sizes: Sequence[int]) -> Iterator[list[T]]:
+def _shares(items: Sequence[T], sizes: Sequence[int], share_bytes: int) -> Iterator[list[T]]:
     share: list[T] = []
     taken = 0
     for item, size in zip(items, sizes, strict=True):
         share.append(item)
         taken += size
-        if taken >= _SHARE_BYTES:
+        if taken >= share_bytes:
             yield share
             share, taken = [], 0
     if share:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,9 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from ckpt_core import durable
-from ckpt_core.errors import ArgumentError, CommitError
+from ckpt_core.errors import ArgumentError, CommitError, StepExistsError
 from ckpt_core.format.digests import ALGORITHM, CACHED_BYTES, crc32, hasher
+from ckpt_core.format.dtypes import ITEMSIZE
 from ckpt_core.format.index import METADATA_NAME, TWIN_NAME, Shape, twin_bytes
 from ckpt_core.format.manifest import FileRecord, record_bytes
 from ckpt_core.io.archive import Archive
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 
 _WRITE_BYTES = 1 << 20
+_COPIED_BYTES = 32 << 20
 
 
 class DigestWriter(StorageWriter):
@@ -63,6 +66,8 @@ class DigestWriter(StorageWriter):
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Make the directory; leave the plan as it is."""
+        if durable.file_size(self.path / METADATA_NAME) is not None:
+            raise StepExistsError(f"{self.path}: holds a checkpoint, which is never overwritten; give a new path.")
         if isinstance(self.path, Path):
             self.path.mkdir(parents=True, exist_ok=True)
         return plan
@@ -127,24 +132,37 @@ def _write_item(file: _DigestFile, name: str, item: WriteItem, planner: SavePlan
     if isinstance(data, io.BytesIO):
         file.write(data.getbuffer())
     else:
-        offset = _write_tensor(file, _compact(data))
+        offset = _write_tensor(file, data.detach(), item.index.fqn)
     length = file.size - offset
     return WriteResult(index=item.index, size_in_bytes=length, storage_data=_StorageInfo(name, offset, length))
 
 
-def _write_tensor(file: _DigestFile, tensor: torch.Tensor) -> int:
-    """Append a tensor as `torch.save` writes it; return where it begins."""
-    archive = Archive(tensor)
+def _write_tensor(file: _DigestFile, tensor: torch.Tensor, name: str) -> int:
+    """Append a tensor as `torch.save` writes it; return where it begins.
+
+    Raises:
+        ArgumentError: it is of a kind that could not be read back.
+    """
+    if str(tensor.dtype).removeprefix("torch.") not in ITEMSIZE or tensor.layout != torch.strided:
+        raise ArgumentError(
+            f"{name}: a tensor of {tensor.dtype} and {tensor.layout} could not be read back; save it in another form."
+        )
+    archive = Archive(tensor.dtype, tuple(tensor.shape))
     file.write(memoryview(bytes(-file.size % archive.page)))
     offset = file.size
     file.write(memoryview(archive.head))
-    file.write(memoryview(archive.tail(file.write(raw_bytes(tensor)))))
+    found = 0
+    for piece in _pieces(tensor):
+        found = file.write(raw_bytes(piece.resolve_conj().resolve_neg().cpu().contiguous()), found)
+    file.write(memoryview(archive.tail(found)))
     return offset
 
 
-def _compact(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the tensor on the CPU and row-major."""
-    return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+def _pieces(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Return a tensor as it is, or by rows where its elements have to be copied first."""
+    if tensor.dim() == 0 or tensor.numel() == 0 or (tensor.device.type == "cpu" and tensor.is_contiguous()):
+        return [tensor]
+    return tensor.split(max(1, _COPIED_BYTES // tensor[0].nbytes))
 
 
 def _check_complete(metadata: Metadata, stored: list[WriteResult]) -> None:
@@ -177,9 +195,11 @@ class _DigestFile:
     def __exit__(self, *_: object) -> None:
         self._sink.close()
 
-    def write(self, data: memoryview) -> int:
-        """Append bytes, and return their CRC32; each block is digested while it is in the core's cache."""
-        found = 0
+    def write(self, data: memoryview, found: int = 0) -> int:
+        """Append bytes, and return the CRC32 of them and those before, whose CRC32 is `found`.
+
+        Each block is digested while it is in the core's cache.
+        """
         for start in range(0, len(data), _WRITE_BYTES):
             block = data[start : start + _WRITE_BYTES]
             found = self._digest(block, found)

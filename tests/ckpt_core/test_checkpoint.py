@@ -756,6 +756,19 @@ class TestStore:
         with pytest.raises(ArgumentError, match="nowhere"):
             PyTorchCheckpoint(hyperparameters={"a": 1}).save("nowhere://bucket/x", step=3)
 
+    @pytest.mark.parametrize("name", ["trainer/state.json", "trainer/rank_00000.safetensors", "model/.metadata.json"])
+    def test_what_no_crc_guards_is_compared_with_the_manifest(self, tmp_path: Path, name: str) -> None:
+        """Metadata and trainer state of the right size but with other bytes are an error, and nothing is restored."""
+        saved = PyTorchCheckpoint(layers()).save(tmp_path, step=5, trainer={"step": 5})
+        file = tmp_path / "default" / "step_0000000005" / name
+        data = file.read_bytes()
+        file.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+        other = layers(1)
+        before = [p.clone() for p in other.parameters()]
+        with pytest.raises(DamagedError, match=Path(name).name):
+            PyTorchCheckpoint.from_json(saved.to_json()).restore(other, rng=True)
+        assert all(torch.equal(p, q) for p, q in zip(before, other.parameters(), strict=True))
+
     @pytest.mark.parametrize(
         "wrong",
         [{"step": -1}, {"step": 10**10}, {"run": "a/b"}, {"run": "../a"}, {"metrics": {"a": object()}}]

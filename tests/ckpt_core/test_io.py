@@ -4,7 +4,9 @@ import io as streams
 import itertools
 import os
 import pickle
+import resource
 import shutil
+import struct
 import warnings
 import zipfile
 from collections import Counter, OrderedDict
@@ -14,17 +16,18 @@ import gloo_ranks
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from hostile_files import Evil, cheap, metadata_of
+from hostile_files import Evil, cheap, metadata_of, rewrite
 from small_models import assert_same
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.storage import WriteResult
 
 from ckpt_core import io
-from ckpt_core.errors import CommitError, DamagedError, MismatchError, UntrustedError
+from ckpt_core.errors import ArgumentError, CommitError, DamagedError, MismatchError, UntrustedError
 from ckpt_core.format.index import METADATA_NAME, TWIN_NAME, read_index
 from ckpt_core.format.manifest import record_file
 from ckpt_core.io import DigestWriter, SafeLoadPlanner, SafeReader
+from ckpt_core.urls import place_of
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
@@ -462,3 +465,59 @@ def test_values_come_first_in_a_file(tmp_path):
     index = read_index(tmp_path)
     last_value = max(span.offset for span in index.values.values())
     assert all(chunk.span.offset > last_value for entry in index.tensors.values() for chunk in entry.chunks)
+
+
+def test_a_url_is_not_overwritten(tmp_path):
+    """A second save to a URL is an error, and what was there is whole."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save({"w": torch.ones(4)}, storage_writer=DigestWriter("memory://once/dcp"))
+        with pytest.raises(dcp.CheckpointException, match="never overwritten"):
+            dcp.save({"w": torch.zeros(4)}, storage_writer=DigestWriter("memory://once/dcp"))
+    assert torch.equal(io.read_state(place_of("memory://once/dcp"))["w"], torch.ones(4))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", [torch.complex32, torch.float4_e2m1fn_x2])
+def test_what_could_not_be_read_back_is_not_written(tmp_path, dtype):
+    """A tensor of a type that the reader does not know is an error that names it, and no checkpoint."""
+    with pytest.raises(ArgumentError, match=r"w: .*could not be read back"):
+        io.save({"w": torch.empty(4, dtype=dtype)}, tmp_path)
+    assert not (tmp_path / METADATA_NAME).exists()
+
+
+def test_more_files_than_may_be_open(tmp_path):
+    """A checkpoint of more ranks than a process may have files open is read."""
+    io.save({f"t{n:03d}": torch.full((2,), n) for n in range(300)}, tmp_path)
+    data = (tmp_path / "__0_0.distcp").read_bytes()
+
+    def spread(metadata):
+        for number, (key, found) in enumerate(sorted(metadata.storage_data.items(), key=lambda item: item[0].fqn)):
+            (tmp_path / f"__{number}_0.distcp").write_bytes(data[found.offset : found.offset + found.length])
+            metadata.storage_data[key] = _StorageInfo(f"__{number}_0.distcp", 0, found.length)
+
+    rewrite(tmp_path, spread)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 40, hard))
+    try:
+        found = io.read_state(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert all(torch.equal(found[f"t{n:03d}"], torch.full((2,), n)) for n in range(300))
+
+
+def test_a_value_whose_members_share_bytes(tmp_path):
+    """A zip whose directory names the same bytes again and again is refused, in little memory."""
+    io.save({"rate": 0.5}, tmp_path)
+    entries, record = 2000, b"x" * 100_000
+    local = struct.pack("<4s5H3I2H", b"PK\x03\x04", *[0] * 8, 9, 0) + b"archive/a"
+    entry = [
+        struct.pack("<4s6H3I5H2I", b"PK\x01\x02", *[0] * 6, 0, len(record), len(record), 12, *[0] * 6) + b"a/%010d" % n
+        for n in range(entries)
+    ]
+    directory = b"".join(entry)
+    start = len(local) + len(record)
+    end = struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, entries, entries, len(directory), start, 0)
+    with_value(tmp_path, local + record + directory + end)
+    with cheap(), pytest.raises(DamagedError, match="more bytes"):
+        io.read_state(tmp_path)
