@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ckpt_core.urls import Place
 
 SUFFIX = ".safetensors"
+SINGLE_NAME = "model.safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _MAX_INDEX_BYTES = 1 << 28
@@ -56,7 +57,9 @@ def read_weights(place: Place) -> HfWeights:
     if len(indexes) > 1:
         raise DamagedError(f"{place}: several indexes ({', '.join(indexes)}), so which weights are meant is not known.")
     if indexes:
-        return HfWeights(place, _indexed(place, indexes[0]))
+        weights = HfWeights(place, _indexed(place, indexes[0]))
+        _check_one_meant(weights, indexes[0], names)
+        return weights
     files = [name for name in names if name.endswith(SUFFIX)]
     if not files:
         raise _none(place, names)
@@ -130,6 +133,15 @@ def _plain_name(file: Any) -> str:
     if not plain:
         raise ValueError(f"something lies in {str(file)[:99]!r}, expected a safetensors file's plain name")
     return str(file)
+
+
+def _check_one_meant(weights: HfWeights, index: str, names: Iterable[str]) -> None:
+    """Check that no single file stands beside an index: `from_pretrained` would load that, whatever the index says."""
+    if SINGLE_NAME in names and SINGLE_NAME not in weights.files:
+        raise DamagedError(
+            f"{weights.place}: {index} and a {SINGLE_NAME} that it does not name, so which weights are meant is not "
+            "known; take one of them away."
+        )
 
 
 def _check_once(place: Place, weights: HfWeights) -> None:

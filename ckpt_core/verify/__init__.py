@@ -39,7 +39,8 @@ def verify(
     A committed step: its manifest, each file's digest, the structure and the CRC32 of each chunk of every component,
     the model's values, and its fit with its own config. Any other DCP directory: structure, the CRC32 that torch stored
     with each chunk, values. An export: each file's sha256, structure and values. Any other Hugging Face directory, or
-    one safetensors file: structure and values. A chunk that was stored without CRC32 is counted as unchecked.
+    one safetensors file: structure and values. Of both, also that they bring no Python code. A chunk that was stored
+    without CRC32 is counted as unchecked.
 
     Args:
         url: a path or URL.

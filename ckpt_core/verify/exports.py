@@ -12,6 +12,7 @@ from ckpt_core.export import EXPORT_NAME, Export, read_export
 from ckpt_core.format.source import Source
 from ckpt_core.hf_weights import SUFFIX, HfWeights, read_weights
 from ckpt_core.safetensors_header import StoredTensor
+from ckpt_core.verify.code import code_check
 from ckpt_core.verify.report import Check, Report
 from ckpt_core.verify.scan import Extent, Reading, parts
 from ckpt_core.verify.work import Work
@@ -24,15 +25,18 @@ Chosen = Mapping[str, Mapping[str, StoredTensor]]
 
 
 def verify_huggingface(place: Place, work: Work) -> Report:
-    """Check any Hugging Face directory: structure and values."""
+    """Check any Hugging Face directory, or one of its files: structure, values, and that it brings no code."""
     weights = _weights(place, work)
     chosen = _choose(weights, work)
     work.read(_parts(weights, chosen, work))
-    return Report(str(place), "huggingface", tuple(_weights_checks(weights, chosen, work)), work.sample.said())
+    checks = _weights_checks(weights, chosen, work)
+    if place.is_dir():  # one file may be named by itself
+        checks.append(code_check(place, work))
+    return Report(str(place), "huggingface", tuple(checks), work.sample.said())
 
 
 def verify_export(place: Place, work: Work) -> Report:
-    """Check an export of ours: its record, each file's sha256, structure and values."""
+    """Check an export of ours: its record, each file's sha256, structure, values, and that it brings no code."""
     export, weights = _record(place, work), _weights(place, work)
     chosen = _choose(weights, work)
     whole = export is not None and work.sample.everything
@@ -41,7 +45,7 @@ def verify_export(place: Place, work: Work) -> Report:
     if export and whole:
         said = f"{len(export.files)} files, {export.nbytes:,} bytes as {EXPORT_NAME} says"
         checks.append(work.findings.check("digests", said))
-    checks += _weights_checks(weights, chosen, work)
+    checks += [*_weights_checks(weights, chosen, work), code_check(place, work)]
     return Report(str(place), "export", tuple(checks), work.sample.said())
 
 

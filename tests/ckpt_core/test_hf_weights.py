@@ -38,6 +38,17 @@ def test_shards(sharded: Path) -> None:
     assert weights.nbytes == 24
 
 
+def test_an_index_and_a_single_file(sharded: Path) -> None:
+    """A `model.safetensors` beside an index that does not name it is refused: either may be meant."""
+    save_file({"a": torch.zeros(2)}, sharded / "model.safetensors")
+    with pytest.raises(DamagedError, match=r"model\.safetensors that it does not name"):
+        read_weights(sharded)
+    for name in (FIRST, SECOND):
+        (sharded / name).unlink()
+    write_index(sharded, {"a": "model.safetensors"})
+    assert set(read_weights(sharded).tensors) == {"a"}
+
+
 def test_links_are_followed(sharded: Path, tmp_path: Path) -> None:
     """A Hub cache is made of links: they are read."""
     blob = sharded / FIRST

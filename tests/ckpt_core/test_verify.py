@@ -504,6 +504,13 @@ class TestExport:
         assert failed(report) == {"record"}
         assert "model-stale.safetensors" in detail(report, "record")
 
+    def test_code(self, export):
+        """Python code that somebody put beside an export fails."""
+        (export / "modeling_x.py").write_text("")
+        report = verify(export)
+        assert failed(report) == {"code"}
+        assert "trust_remote_code" in detail(report, "code")
+
     def test_a_file_too_few(self, export):
         """A missing file fails the record and, of weights, the structure."""
         self.weights(export).unlink()
@@ -534,7 +541,7 @@ class TestExport:
         (export / EXPORT_NAME).write_text("{")
         report = verify(export)
         assert failed(report) == {"record"}
-        assert [check.name for check in report.checks] == ["record", "structure", "values"]
+        assert [check.name for check in report.checks] == ["record", "structure", "values", "code"]
 
     def test_a_sample(self, export):
         """A sample looks at some tensors and at no digest."""
@@ -558,7 +565,8 @@ class TestHuggingFace:
         """Structure and values pass; a single file may be named by itself."""
         report = verify(directory)
         assert report.passed, report
-        assert (report.kind, [check.name for check in report.checks]) == ("huggingface", ["structure", "values"])
+        names = [check.name for check in report.checks]
+        assert (report.kind, names) == ("huggingface", ["structure", "values", "code"])
         file = min(directory.glob("*.safetensors"))
         one = verify(file)
         assert one.passed
@@ -575,6 +583,30 @@ class TestHuggingFace:
         assert failed(report) == {"values"}
         assert f"{path}: {name}: " in detail(report, "values")
         assert verify(directory, allow_nonfinite=True).passed
+
+    def test_a_single_file_beside_an_index(self, directory):
+        """Weights twice over, split and in one file, fail the structure, for one of the two is not meant."""
+        save_file({"x": torch.ones(1)}, directory / "model.safetensors")
+        report = verify(directory)
+        assert failed(report) == {"structure"}
+        assert "which weights are meant" in detail(report, "structure")
+
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [
+            ("modeling_x.py", ""),
+            ("config.json", '{"auto_map": {"AutoModel": "modeling_x.X"}}'),
+            ("tokenizer_config.json", '{"auto_map": {"AutoTokenizer": ["a/b--x.X", null]}}'),
+            ("config.json", "{"),
+            ("config.json", "[" * 100_000),
+        ],
+    )
+    def test_code(self, directory, name, content):
+        """Python code, a config that names some, and one that cannot be read fail, by the file's name."""
+        (directory / name).write_text(content)
+        report = verify(directory)
+        assert failed(report) == {"code"}
+        assert f"{directory / name}: " in detail(report, "code")
 
     def test_large_tensors_in_parts(self, tmp_path):
         """A tensor of several threads' parts is read whole, to its last element."""
