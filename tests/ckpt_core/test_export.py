@@ -174,9 +174,16 @@ class TestBytes:
             read_export(tmp_path)
         assert said in str(caught.value)
 
-    @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[]", b"[" * 100_000, b" " * 64_000_001])
+    def test_a_record_that_is_too_large(self, tmp_path: Path) -> None:
+        """A record of more than 64 MB is not read."""
+        good = {"format_version": 1, "architecture": "A", "source": {}, "files": {}, "rules": []}
+        (tmp_path / "export.json").write_text(json.dumps(good) + " " * 64_000_000)
+        with pytest.raises(errors.DamagedError, match="at most 64000000"):
+            read_export(tmp_path)
+
+    @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[]", b"[" * 100_000])
     def test_a_record_that_is_no_json(self, tmp_path: Path, content: bytes) -> None:
-        """What is no JSON object, nests too deep or is too large is a DamagedError."""
+        """What is no JSON object, or nests too deep, is a DamagedError."""
         (tmp_path / "export.json").write_bytes(content)
         with pytest.raises(errors.DamagedError, match="not an export's record"):
             read_export(tmp_path)
