@@ -175,6 +175,7 @@ def test_a_rerun_keeps_what_was_committed_and_publishes_it(story: Story, refused
     assert first.committed == refused.committed
     assert "step 4 is committed already" in stored_log(first.flow_run_id, "Finished in state Completed()")
     assert [checkpoint.step for checkpoint in open_store(story.store).list("tiny")][:1] == [4]
+    assert open_store(story.store).pins("tiny")["champion"] >= 4
 
 
 def test_a_retrain_shows_its_artifacts(first: Chapter):
@@ -185,7 +186,8 @@ def test_a_retrain_shows_its_artifacts(first: Chapter):
     assert picture is not None
     assert b"<svg" in base64.b64decode(picture[1])
     validation = json.loads(made["validation-tiny"].data)
-    assert [row["check"] for row in validation] == ["digests", "values", "architecture", "held-out loss"]
+    of_the_step = ["manifest", "digests", "structure", "crc32", "values", "architecture"]
+    assert [row["check"] for row in validation] == [*of_the_step, "held-out loss"]
     assert {row["verdict"] for row in validation} == {"pass"}
     assert {row["verdict"] for row in json.loads(made["export-check-tiny"].data)} == {"pass"}
     assert "model.safetensors" in made["export-tiny"].data
@@ -201,7 +203,7 @@ def test_the_summary_is_whole(story: Story, first: Chapter):
     assert float(loss[1]) > float(loss[2]) == round(result["loss"], 3)
     assert f"checkpoint  {story.run / 'step_0000000004'}" in lines
     verdicts = [line for line in lines if line.startswith("pass  ")]
-    assert len(verdicts) == len(result["checks"]) == 9
+    assert len(verdicts) == len(result["checks"]) == 12
     assert any(line.startswith("release     published local/tiny v1, commit ") for line in lines)
     assert f'  model = AutoModelForCausalLM.from_pretrained("{result["export"]}")' in lines
     assert '  model = AutoModelForCausalLM.from_pretrained("local/tiny", revision="v1")' in lines

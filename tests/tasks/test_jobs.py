@@ -70,7 +70,8 @@ def halved(model: torch.nn.Module) -> None:
 def test_a_sound_checkpoint_passes(commit, prepared):
     """Digests, values, architecture and the measured loss are each a check."""
     result = validate(commit(), heldout=prepared["heldout_tokens"])
-    assert list(result["checks"]) == ["digests", "values", "architecture", "held-out loss"]
+    of_the_step = ["manifest", "digests", "structure", "crc32", "values", "architecture"]
+    assert list(result["checks"]) == [*of_the_step, "held-out loss"]
     assert all(check["passed"] for check in result["checks"].values())
     assert result["heldout_loss"] == pytest.approx(math.log(TINY.architecture["vocab_size"]), abs=0.5)
 
