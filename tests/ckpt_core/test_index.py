@@ -231,8 +231,11 @@ BOMBS = {
     "number of 2 ** 31 bytes": b"\x80\x02\x8b\xff\xff\xff\x7f.",
     "frame of 2 ** 60 bytes": b"\x80\x04\x95" + (1 << 60).to_bytes(8, "little"),
     "key of 2 ** 64 atoms": b"\x80\x04}" + tuple_bomb() + b"Ns.",
-    "a thousand copies of a list": b"\x80\x04]\x94(" + b"K\x01" * 20_000 + b"e0ctorch\nSize\n\x940"
-    + b"h\x01h\x00\x85R" * 1000 + b".",
+    "a thousand copies of a list": b"\x80\x04]\x94("
+    + b"K\x01" * 20_000
+    + b"e0ctorch\nSize\n\x940"
+    + b"h\x01h\x00\x85R" * 1000
+    + b".",
     "set of 2 ** 64 atoms": b"\x80\x04\x8f(" + tuple_bomb() + b"\x90.",
     "lists in each other": b"\x80\x04" + b"]" * 10**5 + b"a" * (10**5 - 1) + b".",
     "a million marks": b"(" * 10**6 + b".",
