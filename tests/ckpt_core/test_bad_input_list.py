@@ -20,7 +20,7 @@ from small_transformers import config_directory, model_of
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata
 
 from ckpt_core import io
-from ckpt_core.errors import CkptError, UntrustedError
+from ckpt_core.errors import CkptError, StepExistsError, UntrustedError
 from ckpt_core.native_checkpoint import convert_dcp_to_hf, load_checkpoint
 from ckpt_core.verify import verify
 
@@ -337,7 +337,7 @@ def test_nothing_is_written_through_a_link(tmp_path, name):
     (tmp_path / "dcp").mkdir()
     (tmp_path / "precious").write_text("precious")
     (tmp_path / "dcp" / name).symlink_to(tmp_path / "precious")
-    with pytest.raises(OSError, match=f"File exists.*{name}"):
+    with pytest.raises((FileExistsError, StepExistsError)):
         io.save({"w": W}, tmp_path / "dcp")
     assert (tmp_path / "precious").read_text() == "precious"
 
