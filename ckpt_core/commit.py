@@ -92,8 +92,9 @@ def commit(store: Store, content: Content, permit: Callable[[], None] | None = N
         permit: called on every rank when all is written, right before the commit; an error prevents it.
     """
     run, step = content.manifest.run, content.manifest.step
-    if len(set(ranks.gather((run, step)))) > 1:
-        raise CommitError(f"the ranks disagree on what they save: {ranks.gather((run, step))}; nothing was written.")
+    wanted = ranks.gather((run, step))
+    if len(set(wanted)) > 1:
+        raise CommitError(f"the ranks disagree on what they save: {wanted}; nothing was written.")
     held: list[Staging] = []
 
     def begin() -> Place:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, overload
 
-from ckpt_core.errors import ArgumentError, CommitError, StepExistsError
+from ckpt_core.errors import CommitError, StepExistsError
 
 if TYPE_CHECKING:
     from upath import UPath
@@ -172,20 +172,6 @@ def files_below(root: Place) -> Iterator[tuple[str, Place]]:
     for path in walk(root):
         if not path.is_dir():
             yield path.relative_to(root).as_posix(), path
-
-
-def copy_tree(source: Path, target: Place) -> None:
-    """Copy the files below `source` to `target`, each flushed to the device; links to files are followed.
-
-    Raises:
-        ArgumentError: something there is no file.
-    """
-    for name, path in files_below(source):
-        if not path.is_file():
-            raise ArgumentError(f"{path}: neither a file nor a link to one; take it out of the directory.")
-        copy = target / name
-        make_parents(copy)
-        write_new(copy, path.read_bytes())
 
 
 def make_parents(place: Place) -> None:

@@ -35,12 +35,16 @@ def place_of(url: str | Place) -> Place:
         _ = place.fs  # finds the scheme's file system
     except (ImportError, ValueError) as error:
         raise ArgumentError(f"{text}: no store that can be reached here ({error}).") from None
-    return place
+    return place if place.name or place.parent == place else place.parent  # a slash at the end names no other place
 
 
-def url_of(place: Place) -> str:
-    """Return the URL of a place; `place_of` is its inverse."""
-    return place.as_uri()
+def is_reachable(url: str | Place) -> bool:
+    """Whether `place_of` takes it."""
+    try:
+        place_of(url)
+    except ArgumentError:
+        return False
+    return True
 
 
 def local_path(url: str | Place) -> Path:

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from ckpt_core.errors import ArgumentError, DamagedError, MismatchError, UntrustedError
+from ckpt_core.errors import DamagedError, MismatchError, UntrustedError
 from ckpt_core.format import pickles
 from ckpt_core.format.index import Chunk, Index, Shape, Span, check_files, read_index
 from ckpt_core.format.source import Source, open_source, read_into
@@ -30,7 +30,7 @@ from ckpt_core.format.zips import read_all
 from ckpt_core.io.chunks import locate_chunk, read_box
 from ckpt_core.io.metadata import to_metadata
 from ckpt_core.io.workers import in_parallel
-from ckpt_core.urls import place_of
+from ckpt_core.urls import is_reachable, place_of
 
 if TYPE_CHECKING:
     from ckpt_core.urls import Place
@@ -122,11 +122,7 @@ class SafeReader(StorageReader):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Whether it is a path or URL that can be reached."""
-        try:
-            place_of(os.fspath(checkpoint_id))
-        except ArgumentError:
-            return False
-        return True
+        return is_reachable(os.fspath(checkpoint_id))
 
 
 @dataclass(frozen=True, slots=True)

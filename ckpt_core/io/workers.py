@@ -14,8 +14,13 @@ _REMOTE_WORKERS = 16
 _MOST_WORKERS = 8
 
 
-def count_workers() -> int:
-    """Return how many threads this process should read with: its share of the cores that its machine's ranks have."""
+def count_workers(*, remote: bool = False) -> int:
+    """Return how many threads this process should read with: its share of the cores that its machine's ranks have.
+
+    Elsewhere than on a local file system there are more, as each waits for answers most of its time.
+    """
+    if remote:
+        return _REMOTE_WORKERS
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, min(_MOST_WORKERS, len(os.sched_getaffinity(0)) // ranks))
 
@@ -33,7 +38,7 @@ def in_parallel(
     """
     share_bytes = min(_SHARE_BYTES, sum(sizes) // _REMOTE_WORKERS) if remote else _SHARE_BYTES
     shares = list(_shares(items, sizes, share_bytes))
-    workers = min(len(shares), _REMOTE_WORKERS if remote else count_workers())
+    workers = min(len(shares), count_workers(remote=remote))
     if workers <= 1:
         read(items)
         return

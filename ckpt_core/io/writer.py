@@ -28,7 +28,7 @@ from ckpt_core.format.manifest import FileRecord, record_bytes
 from ckpt_core.io.archive import Archive
 from ckpt_core.io.chunks import raw_bytes
 from ckpt_core.io.metadata import to_index
-from ckpt_core.urls import place_of
+from ckpt_core.urls import is_reachable, place_of
 
 if TYPE_CHECKING:
     from ckpt_core.urls import Place
@@ -115,11 +115,7 @@ class DigestWriter(StorageWriter):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Whether it is a path or URL that can be reached."""
-        try:
-            place_of(os.fspath(checkpoint_id))
-        except ArgumentError:
-            return False
-        return True
+        return is_reachable(os.fspath(checkpoint_id))
 
 
 def _tensors_last(items: list[WriteItem]) -> list[WriteItem]:

@@ -9,7 +9,6 @@ from ckpt_core.durable import rename_new
 from ckpt_core.store.checkpoint import Checkpoint, open_local, open_remote
 from ckpt_core.store.local import LocalStore
 from ckpt_core.store.names import CHAMPION, MAX_STEP, parse_step, step_name
-from ckpt_core.store.objects import remote_place
 from ckpt_core.store.protocol import Pruned, Staging, Store
 from ckpt_core.store.remote import RemoteStore
 from ckpt_core.urls import local_path, place_of
@@ -41,4 +40,4 @@ def open_checkpoint(url: str | Place) -> Checkpoint:
         DamagedError: its manifest is damaged, or a file is missing or has another size.
     """
     place = place_of(url)
-    return open_local(place) if isinstance(place, Path) else open_remote(remote_place(place))
+    return open_local(place) if isinstance(place, Path) else open_remote(place)

@@ -10,33 +10,15 @@ from collections.abc import Generator, Iterable
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, cast
 
-from ckpt_core.errors import ArgumentError, CommitError, StepExistsError
+from ckpt_core.errors import CommitError, StepExistsError
 
 if TYPE_CHECKING:
     from upath import UPath
-
-    from ckpt_core.urls import Place
 
 _BATCH = 1000
 _CONFLICT, _PRECONDITION_FAILED = 409, 412
 _TRIES = 6
 _FIRST_WAIT_S = 0.1
-
-
-def remote_place(url: str | Place) -> UPath:
-    """Return the place of a URL, whose listings are never cached: others write there too.
-
-    Raises:
-        ArgumentError: its scheme needs a package that is not installed, or there is none.
-    """
-    from upath import UPath
-
-    try:
-        place = UPath(url, use_listings_cache=False)
-        _ = place.fs  # finds the scheme's file system
-    except (ImportError, ValueError) as error:
-        raise ArgumentError(f"{url}: no store that can be reached here ({error}).") from None
-    return place if place.name or place.parent == place else place.parent  # a slash at the end names no other place
 
 
 def names_in(directory: UPath) -> list[str]:

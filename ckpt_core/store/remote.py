@@ -20,9 +20,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ckpt_core.errors import CommitError, DamagedError, NotACheckpointError, StepExistsError
+from ckpt_core.errors import ArgumentError, CommitError, DamagedError, NotACheckpointError, StepExistsError
 from ckpt_core.format.manifest import MANIFEST_NAME, Manifest
 from ckpt_core.retention import Retention
 from ckpt_core.store import debris, objects, records
@@ -32,6 +33,7 @@ from ckpt_core.store.names import PINS, check_name, check_step, is_name, parse_s
 from ckpt_core.store.pins import no_pin, parse_pin, pin_bytes
 from ckpt_core.store.protocol import Pruned, Staging
 from ckpt_core.store.pruning import given_up, take_away
+from ckpt_core.urls import place_of
 
 if TYPE_CHECKING:
     from upath import UPath
@@ -80,7 +82,10 @@ class RemoteStore:
     """A store at `s3://`, `gs://`, `memory://` or any other URL that fsspec knows."""
 
     def __init__(self, url: str | Place) -> None:
-        self.root = objects.remote_place(url)
+        place = place_of(url)
+        if isinstance(place, Path):
+            raise ArgumentError(f"{url}: a local path; open it with `open_store`.")
+        self.root = place
         self._deletions = Deletions()
 
     @property

@@ -28,10 +28,6 @@ if TYPE_CHECKING:
 PART_BYTES = 32 << 20
 """What is given to a thread at a time, where a file may be read in parts."""
 
-_BLOCK_BYTES = 1 << 20
-_REMOTE_BLOCK_BYTES = 8 << 20
-_REMOTE_WORKERS = 16
-
 Progress = Callable[[int, int], None]
 """Is told the bytes that were read so far, and those to read in all; by one thread at a time."""
 
@@ -82,7 +78,7 @@ class Scan:
         """Read; problems become findings."""
         self._total = sum(reading.nbytes for reading in readings)
         remote = any(not isinstance(reading.place, Path) for reading in readings)
-        with ThreadPoolExecutor(_REMOTE_WORKERS if remote else count_workers(), "ckpt-verify") as pool:
+        with ThreadPoolExecutor(count_workers(remote=remote), "ckpt-verify") as pool:
             futures = [pool.submit(self._read, reading) for reading in readings]
             try:
                 for future in as_completed(futures):
@@ -104,8 +100,7 @@ class Scan:
         if reading.digest is not None:
             digest = hasher(algorithm_of(reading.digest))
             extents = list(_without_gaps(extents, reading.nbytes))
-        block_bytes = _BLOCK_BYTES if isinstance(reading.place, Path) else _REMOTE_BLOCK_BYTES
-        memory: Any = np.empty(min(block_bytes, max(1, reading.nbytes)), np.uint8)
+        memory: Any = np.empty(min(source.block_bytes, max(1, reading.nbytes)), np.uint8)
         buffer = memoryview(memory)
         for extent in extents:
             self._pass_extent(source, reading.place, extent, digest, buffer)
