@@ -29,13 +29,14 @@ types: install
 imports: install
 	$(BIN)/lint-imports --no-logo
 
+# Two files of tests at a time, in their order: most of a test's time is the start of one process after another.
 pytest: install
-	$(BIN)/pytest -m "not long"
+	$(BIN)/pytest -m "not long" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 long: install
 	$(BIN)/pytest -m long
 
-# 2.6 GB of state in two ranks: a quarter of an hour, 8 GB of memory, and nothing else running.
+# 2.6 GB of state in two ranks: some minutes, 8 GB of memory, and nothing else running.
 bench: install
 	$(BIN)/pytest tests/benchmarks --benchmark-enable --benchmark-columns=median,iqr,rounds
 
