@@ -24,10 +24,11 @@ from torch.futures import Future
 
 from ckpt_core.errors import DamagedError, MismatchError, UntrustedError
 from ckpt_core.format import pickles
+from ckpt_core.format.chunks import locate_chunk
 from ckpt_core.format.index import Chunk, Index, Shape, Span, check_files, read_index
 from ckpt_core.format.source import Source, open_source, read_into
 from ckpt_core.format.zips import read_all
-from ckpt_core.io.chunks import locate_chunk, read_box
+from ckpt_core.io.chunks import read_box
 from ckpt_core.io.metadata import to_metadata
 from ckpt_core.io.workers import in_parallel
 from ckpt_core.urls import is_reachable, place_of

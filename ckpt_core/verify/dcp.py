@@ -65,7 +65,7 @@ class DcpContents:
         return found
 
     def _extent(self, item: Item, source: Source, where: str) -> list[Extent]:
-        from ckpt_core.io.chunks import locate_chunk
+        from ckpt_core.format.chunks import locate_chunk
         from ckpt_core.io.reader import load_value
 
         if item.dtype is None:

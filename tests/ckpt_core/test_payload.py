@@ -11,11 +11,12 @@ import torch.distributed.checkpoint as dcp
 from hostile_files import Evil, cheap
 
 from ckpt_core.errors import CheckpointError, DamagedError, UntrustedError
+from ckpt_core.format.chunks import locate_chunk
 from ckpt_core.format.index import Span, read_index
 from ckpt_core.format.payload import locate
 from ckpt_core.format.source import open_source, read_into
 from ckpt_core.io import load_value
-from ckpt_core.io.chunks import locate_chunk, read_box
+from ckpt_core.io.chunks import read_box
 
 BASE = torch.arange(24.0).reshape(4, 6)
 
