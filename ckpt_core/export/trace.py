@@ -167,7 +167,7 @@ class Moves(TorchDispatchMode):
             raise self._not_a_move("something unseen", [])
         if not tensor.numel():
             return as_recipe(shape, [])
-        region = region_of(shape, tensor.stride(), tensor.storage_offset())
+        region = region_of(shape, tensor.stride(), int(tensor.storage_offset()))
         return as_recipe(shape, list(self._traced(_storage(tensor), region)))
 
     def _traced(self, storage: int, region: Region) -> Iterator[tuple[str, Grid, Region]]:
@@ -190,7 +190,7 @@ class Moves(TorchDispatchMode):
         borders = list(accumulate((part.shape[dim] for part in filled), initial=0))[:-1]
         grid = Grid(tuple(made.shape[axis] for axis in order), order.index(dim % made.ndim), tuple(borders))
         inputs = (
-            (_storage(part), part.storage_offset(), tuple(part.stride(axis) for axis in order)) for part in filled
+            (_storage(part), int(part.storage_offset()), tuple(part.stride(axis) for axis in order)) for part in filled
         )
         self._storages[_storage(made)] = _Copied(grid, tuple(inputs))
         self._alive.append(made)
@@ -217,7 +217,7 @@ class Moves(TorchDispatchMode):
 
 def _storage(tensor: torch.Tensor) -> int:
     """Return the identity of a tensor's storage; those on `meta` all have the address 0."""
-    return tensor.untyped_storage()._cdata
+    return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage] - nothing public tells them apart
 
 
 def _tensors(values: object) -> Iterator[torch.Tensor]:
@@ -228,12 +228,22 @@ def _tensors(values: object) -> Iterator[torch.Tensor]:
             yield from _tensors(value)
 
 
-def _stacked(tensors: Sequence[torch.Tensor], dim: int = 0) -> tuple[list[torch.Tensor], int]:
+def _side_by_side(tensors: Sequence[torch.Tensor], dim: int = 0) -> tuple[Sequence[torch.Tensor], int]:
+    return tensors, dim
+
+
+def _stacked(tensors: Sequence[torch.Tensor], dim: int = 0) -> tuple[Sequence[torch.Tensor], int]:
     return [tensor.unsqueeze(dim) for tensor in tensors], dim
 
 
+def _alone(tensor: torch.Tensor, *, memory_format: object = None) -> tuple[Sequence[torch.Tensor], int]:
+    del memory_format  # the strides of the copy tell
+    return [tensor], 0
+
+
 _COPIES: dict[Any, Callable[..., tuple[Sequence[torch.Tensor], int]]] = {
-    torch.ops.aten.cat.default: lambda tensors, dim=0: (tensors, dim),
+    torch.ops.aten.cat.default: _side_by_side,
     torch.ops.aten.stack.default: _stacked,
-    torch.ops.aten.clone.default: lambda tensor, memory_format=None: ([tensor], 0),  # noqa: ARG005 - strides tell
+    torch.ops.aten.clone.default: _alone,
 }
+"""Of each operation that fills a new storage: from its arguments the parts, and the axis along which they lie."""
