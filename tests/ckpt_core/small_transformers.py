@@ -1,5 +1,6 @@
 """Transformers models of a few thousand numbers, a tokenizer, and checkpoints of them."""
 
+import copy
 import json
 import warnings
 from pathlib import Path
@@ -8,12 +9,24 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    BarkConfig,
+    BarkModel,
     BertConfig,
     BertForMaskedLM,
+    ClapConfig,
+    ClapModel,
+    CLIPVisionConfig,
+    EncodecConfig,
+    Gemma3Config,
+    Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedModel,
@@ -22,10 +35,13 @@ from transformers import (
     Qwen3ForCausalLM,
     ResNetConfig,
     ResNetForImageClassification,
+    SiglipVisionConfig,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 
 from ckpt_core.export import Assets
@@ -33,30 +49,88 @@ from ckpt_core.export.assets import read_assets, write_configs
 from ckpt_core.native_checkpoint import save_checkpoint
 
 _LAYERS = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-_WORDS = {"vocab_size": 40, "max_position_embeddings": 32}
+_WORDS = {"vocab_size": 40, "max_position_embeddings": 33}
 _TEXT = {**_LAYERS, **_WORDS, "num_key_value_heads": 2}
+_IMAGE = {**_LAYERS, "image_size": 16, "patch_size": 8}
+_BARK = {"block_size": 9, "vocab_size": 40, "output_vocab_size": 40, "num_layers": 1, "num_heads": 2, "hidden_size": 16}
 
 MODELS: dict[str, tuple[type[PreTrainedModel], Any]] = {
     "llama": (LlamaForCausalLM, LlamaConfig(**_TEXT)),
     "llama tied": (LlamaForCausalLM, LlamaConfig(**_TEXT, tie_word_embeddings=True)),
-    "gpt2": (GPT2LMHeadModel, GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=40, n_positions=32)),
+    "gpt2": (GPT2LMHeadModel, GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=40, n_positions=33)),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**_TEXT, head_dim=8)),
+    "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig(**_TEXT, head_dim=8, sliding_window=8)),
     "bert": (BertForMaskedLM, BertConfig(**_LAYERS, **_WORDS)),
     "t5": (T5ForConditionalGeneration, T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, vocab_size=40)),
-    "vit": (ViTForImageClassification, ViTConfig(**_LAYERS, image_size=16, patch_size=8)),
-    "resnet": (
+    "vit": (ViTForImageClassification, ViTConfig(**_IMAGE)),
+    "resnet": (  # 0-d integers
         ResNetForImageClassification,
         ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"),
     ),
-}
+    "llava": (
+        LlavaForConditionalGeneration,
+        LlavaConfig(
+            text_config=LlamaConfig(**_TEXT),
+            vision_config=CLIPVisionConfig(**_IMAGE, projection_dim=8),
+            image_token_index=39,
+        ),
+    ),
+    "gemma3 with images": (
+        Gemma3ForConditionalGeneration,
+        Gemma3Config(
+            text_config=Gemma3TextConfig(**_TEXT, head_dim=8, sliding_window=8),
+            vision_config=SiglipVisionConfig(**_IMAGE),
+            mm_tokens_per_image=4,
+            image_token_index=39,
+        ),
+    ),
+    "whisper": (
+        WhisperForConditionalGeneration,
+        WhisperConfig(
+            vocab_size=40, d_model=16, num_mel_bins=8, max_source_positions=13, max_target_positions=17,
+            encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=24,
+            decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=24,
+            pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+        ),
+    ),
+    "clap": (  # 0-d numbers of both kinds, and matrices of integers
+        ClapModel,
+        ClapConfig(
+            text_config={**_LAYERS, **_WORDS, "projection_dim": 8},
+            audio_config={
+                "num_mel_bins": 8, "spec_size": 16, "patch_size": 4, "patch_stride": [4, 4], "window_size": 2,
+                "num_classes": 3, "patch_embeds_hidden_size": 8, "hidden_size": 16, "projection_dim": 8,
+                "depths": [1, 1], "num_hidden_layers": 2, "num_attention_heads": [1, 2], "aff_block_r": 2,
+            },
+            projection_dim=8,
+        ),
+    ),
+    "bark": (  # booleans, and a scale apart from its direction
+        BarkModel,
+        BarkConfig(
+            semantic_config=_BARK,
+            coarse_acoustics_config=_BARK,
+            fine_acoustics_config={**_BARK, "n_codes_total": 2, "n_codes_given": 1},
+            codec_config=EncodecConfig(
+                upsampling_ratios=[2], num_filters=4, hidden_size=8, codebook_size=4, num_lstm_layers=1,
+                target_bandwidths=[1.5],
+            ),
+        ),
+    ),
+}  # fmt: skip
 FUSED = (MixtralForCausalLM, MixtralConfig(**_TEXT, num_local_experts=2))
 
 
 def model_of(name: str, seed: int = 0) -> PreTrainedModel:
-    """Return a model with random weights."""
+    """Return a model with random weights, in which no two floating-point tensors hold the same."""
     cls, config = MODELS[name]
     torch.manual_seed(seed)
-    return cls(config)
+    model = cls(copy.deepcopy(config))
+    with torch.no_grad():
+        for tensor in dict.fromkeys(model.state_dict(keep_vars=True).values()):
+            if tensor.is_floating_point():
+                tensor.add_(torch.rand_like(tensor))
+    return model
 
 
 def checkpoint_of(model: PreTrainedModel, directory: Path) -> tuple[Path, Assets]:

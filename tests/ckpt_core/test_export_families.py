@@ -1,0 +1,127 @@
+"""Exports of real architectures, whoever saved them: names, dtypes, shapes and bytes are those of save_pretrained."""
+
+from pathlib import Path
+
+import pytest
+import sharded_families
+import torch
+from gloo_ranks import run_ranks, values
+from safetensors.torch import load_file
+from sharded_families import Mesh
+from small_models import assert_same
+from small_transformers import MODELS, checkpoint_of, model_of, read_json, save_pretrained
+from transformers import PreTrainedModel
+
+from ckpt_core import io
+from ckpt_core.export import Assets, Export, convert, plan_export
+from ckpt_core.export.assets import read_assets, write_configs
+
+WEIGHTS = "model.safetensors"
+FLOAT, BRAIN = "float32", "bfloat16"
+
+JOBS: dict[Mesh, list[tuple[str, str]]] = {
+    (1,): [("llama", FLOAT), ("gemma3", BRAIN), ("clap", FLOAT)],
+    (2,): [(name, FLOAT) for name in MODELS] + [(name, BRAIN) for name in ("gpt2", "resnet", "whisper", "llava")],
+    (3,): [("gpt2", FLOAT), ("t5", BRAIN), ("clap", FLOAT), ("llava", FLOAT)],
+    (2, 2): [("llama", FLOAT), ("gemma3", BRAIN), ("whisper", FLOAT)],
+}
+"""What is saved on each mesh: nothing has a number of rows that three ranks share evenly, and few that two do."""
+
+
+def assets_of(model: PreTrainedModel, directory: Path) -> Assets:
+    """Return the assets of a live model, written below `directory`."""
+    directory.mkdir()
+    write_configs(model, directory)
+    return read_assets(directory)
+
+
+def assert_same_export(found: Path, expected: Path) -> None:
+    """Assert that weights are equal byte for byte, and JSON files value for value."""
+    assert_same(load_file(found / WEIGHTS), load_file(expected / WEIGHTS))
+    assert (found / WEIGHTS).read_bytes() == (expected / WEIGHTS).read_bytes()
+    for file in expected.glob("*.json"):
+        assert read_json(found / file.name) == read_json(file), file.name
+
+
+def recast(model: PreTrainedModel, export: Export, dtype: str, target: Path) -> Path:
+    """Return what transformers writes after it has loaded an export in another dtype."""
+    return save_pretrained(type(model).from_pretrained(export.path, dtype=getattr(torch, dtype)), target)
+
+
+@pytest.fixture(scope="module", params=JOBS, ids=str)
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Mesh, Path]:
+    """Return a mesh, and where its ranks saved their models."""
+    mesh: Mesh = request.param
+    directory = tmp_path_factory.mktemp("saved")
+    values(run_ranks(sharded_families.ranks_of(mesh), sharded_families.save, directory, JOBS[mesh], mesh, seconds=120))
+    return mesh, directory
+
+
+def test_whatever_mesh_saved_it(saved: tuple[Mesh, Path], tmp_path: Path) -> None:
+    """FSDP2 on one, two and three ranks, and with tensor parallelism on four, give save_pretrained's files."""
+    mesh, directory = saved
+    for name, dtype in JOBS[mesh]:
+        model = sharded_families.build(name, dtype)
+        place = tmp_path / f"{name} {dtype}"
+        dcp = sharded_families.place_of(directory, name, dtype)
+        assert len(list(dcp.glob("*.distcp"))) == sharded_families.ranks_of(mesh)
+        place.mkdir()
+        export = convert(dcp, place / "export", assets=assets_of(model, place / "assets"))
+        assert_same_export(export.path, save_pretrained(model, place / "expected"))
+
+
+class TestCasts:
+    """What a cast gives: what transformers has after loading the uncast export in that dtype."""
+
+    @pytest.mark.parametrize("name", [name for name, (_, config) in MODELS.items() if not config.sub_configs])
+    def test_every_family(self, tmp_path: Path, name: str) -> None:
+        """In bfloat16 and float16 each tensor has the dtype and the bytes that from_pretrained gives it."""
+        model = model_of(name)
+        directory, assets = checkpoint_of(model, tmp_path / "saved")
+        whole = convert(directory, tmp_path / "whole", assets=assets)
+        for dtype in ("bfloat16", "float16"):
+            export = convert(directory, tmp_path / dtype, assets=assets, dtype=dtype)
+            assert_same_export(export.path, recast(model, whole, dtype, tmp_path / f"expected {dtype}"))
+
+    @pytest.mark.parametrize(
+        ("name", "dtype", "kept"),
+        [
+            ("t5", "float16", ["decoder.block.0.layer.2.DenseReluDense.wo.weight"]),
+            ("resnet", "bfloat16", ["resnet.embedder.embedder.normalization.num_batches_tracked"]),
+            ("bark", "float16", ["semantic.layers.0.attn.bias"]),
+            ("clap", "float16", ["text_model.embeddings.position_ids"]),
+        ],
+    )
+    def test_there_is_something_to_keep(self, tmp_path: Path, name: str, dtype: str, kept: list[str]) -> None:
+        """Some tensors of these families are not cast: wanted in float32, or not floating-point at all."""
+        model = model_of(name)
+        directory, assets = checkpoint_of(model, tmp_path / "saved")
+        found = {output.name: output.dtype for output in plan_export(directory, assets, dtype=dtype).outputs}
+        expected = {tensor: str(model.state_dict()[tensor].dtype).removeprefix("torch.") for tensor in kept}
+        assert {tensor: found[tensor] for tensor in kept} == expected
+        assert dtype in found.values()
+
+    @pytest.mark.parametrize("name", ["t5", "resnet"])
+    def test_models_of_several_dtypes(self, tmp_path: Path, name: str) -> None:
+        """A model that transformers loaded in float16 is exported as it is, and cast as from_pretrained casts it."""
+        whole = model_of(name)
+        mixed = type(whole).from_pretrained(save_pretrained(whole, tmp_path / "whole"), dtype=torch.float16)
+        directory, assets = checkpoint_of(mixed, tmp_path / "saved")
+        export = convert(directory, tmp_path / "export", assets=assets)
+        assert_same_export(export.path, save_pretrained(mixed, tmp_path / "expected"))
+        for dtype in ("bfloat16", "float32"):
+            cast = convert(directory, tmp_path / dtype, assets=assets, dtype=dtype)
+            assert_same_export(cast.path, recast(mixed, export, dtype, tmp_path / f"expected {dtype}"))
+
+
+@pytest.mark.parametrize("stored", [torch.bool, torch.uint8, torch.int16, torch.int32], ids=str)
+def test_whatever_is_not_floating_point_stays(tmp_path: Path, stored: torch.dtype) -> None:
+    """Counters and masks keep dtype and bytes under a cast, 0-d or not, whatever the architecture makes them."""
+    model = model_of("clap")
+    _, assets = checkpoint_of(model, tmp_path / "saved")
+    state = {n: t if t.is_floating_point() else t.to(stored) for n, t in model.state_dict().items()}
+    io.save({"model": state}, tmp_path / "dcp")
+    found = load_file(convert(tmp_path / "dcp", tmp_path / "export", assets=assets, dtype="bfloat16").path / WEIGHTS)
+    kept = {name: tensor for name, tensor in state.items() if tensor.dtype == stored}
+    assert {tensor.dim() for tensor in kept.values()} == {0, 2}
+    assert_same({name: found[name] for name in kept}, kept)
