@@ -5,13 +5,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from small_transformers import model_of
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ckpt_core.native_checkpoint import save_checkpoint
@@ -42,6 +43,13 @@ def save(directory: Path, jobs: Iterable[tuple[str, str]], mesh: Mesh) -> None:
             _divide_matrices(model, axes["tensor"])
         _divide_rows(model, axes["fsdp"])
         save_checkpoint(model, str(place_of(directory, name, dtype)))
+
+
+def save_pretrained_model(source: Path, target: Path) -> None:
+    """Load a Hugging Face directory into a model that FSDP2 divides among all ranks, and save it."""
+    model = AutoModel.from_pretrained(source)
+    _divide_rows(model, init_device_mesh("cpu", (dist.get_world_size(),)))
+    save_checkpoint(model, str(target))
 
 
 def ranks_of(mesh: Mesh) -> int:
