@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -111,25 +112,31 @@ class Grid:
 
     def _smaller(self, region: Region) -> list[Region]:
         """Return what a region is to be cut into, or nothing if it may stay."""
-        on: dict[int, list[tuple[int, Loop]]] = {}
-        for loop in region.loops:
-            axis, step = self.walk(loop.by)
-            if not step and loop.by:
-                return region.cut(loop, 1)
-            on.setdefault(axis, []).append((step, loop))
         corner = self.corner(region.origin)
+        on = defaultdict[int, list[tuple[int, Loop]]](list)
+        for loop in region.loops:
+            axis, steps = self.walk(loop.by)
+            if not steps and loop.by:
+                return region.cut(loop, 1)
+            on[axis].append((steps, loop))
         for axis, loops in on.items():
-            start, end, size = corner[axis], self._end(axis, corner), self.shape[axis]
-            span = sum((loop.size - 1) * step for step, loop in loops)
-            if start + span >= end:
-                step, outer = max(loops, key=lambda each: each[0])
-                inner = span - (outer.size - 1) * step
-                turns = size // step
-                if outer.size > turns and size % step == 0 and start + inner < step:
-                    rest = outer.size % turns
-                    return region.cut(outer, outer.size - rest) if rest else region.split(outer, turns)
-                return region.cut(outer, max((end - 1 - start - inner) // step + 1, 1))
+            room = self._end(axis, corner) - corner[axis]
+            if sum((loop.size - 1) * steps for steps, loop in loops) >= room:
+                return self._within(region, axis, loops, corner[axis], room)
         return []
+
+    def _within(
+        self, region: Region, axis: int, loops: Sequence[tuple[int, Loop]], start: int, room: int
+    ) -> list[Region]:
+        """Cut a region whose loops on `axis` begin at `start` and lead further than the `room` there is."""
+        steps, outer = max(loops)
+        inner = sum((loop.size - 1) * steps for steps, loop in loops) - (outer.size - 1) * steps
+        turns, uneven = divmod(self.shape[axis], steps)
+        # Turns that walk the whole axis, and come back to the same place on it, are one loop; such walks are another.
+        if outer.size > turns and not uneven and start + inner < steps:
+            rest = outer.size % turns
+            return region.cut(outer, outer.size - rest) if rest else region.split(outer, turns)
+        return region.cut(outer, max((room - 1 - inner) // steps + 1, 1))
 
     def _end(self, axis: int, corner: Shape) -> int:
         if axis == self.axis and self.borders:

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from small_transformers import MODELS
 from transformers import PreTrainedModel, conversion_mapping
 from transformers.core_model_loading import (
-    ConversionOps,
     Conv3dToLinear,
+    ConversionOps,
     LinearToConv3d,
     WeightConverter,
     WeightRenaming,
