@@ -10,6 +10,7 @@ CkptError
 │   └── CommitError              not committed, or not surely       (RuntimeError)
 ├── ArgumentError              a caller's mistake                   (TypeError, ValueError)
 ├── ExportExistsError          an export's target is taken          (FileExistsError)
+├── ExportError                an export could not be written       (OSError)
 └── HubError                   a publication did not happen         (RuntimeError)
     ├── HubAuthError             no token, or one without the right
     ├── HubConflictError         somebody else moved the branch
@@ -57,6 +58,10 @@ class ArgumentError(CkptError, TypeError, ValueError):
 
 class ExportExistsError(CkptError, FileExistsError):
     """The directory that an export was to be written to exists."""
+
+
+class ExportError(CkptError, OSError):
+    """An export could not be written: the disk is full, or failed."""
 
 
 class HubError(CkptError, RuntimeError):

@@ -10,8 +10,7 @@ import fcntl
 import json
 import os
 import uuid
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -57,35 +56,13 @@ def place(parts: Sequence[Part]) -> None:
             save.end()
 
 
-@contextmanager
-def placed(target: Path, *, overwrite: bool = False) -> Generator[Path]:
-    """Yield a new directory, which is `target` after a clean exit and gone after an error. Not collective.
-
-    Args:
-        target: what it becomes.
-        overwrite: replace what has that name then.
-
-    Raises:
-        FileExistsError: `target` holds something.
-        CommitError: another process is writing it.
-    """
-    part = Part(target, lambda _: None)
-    held: list[_Save] = []
-    try:
-        yield _begin([part], held, overwrite=overwrite)[0]
-        held[0].finish(overwrite=overwrite)
-    finally:
-        for save in held:
-            save.end()
-
-
-def _begin(parts: Sequence[Part], held: list[_Save], *, overwrite: bool = False) -> list[Path]:
+def _begin(parts: Sequence[Part], held: list[_Save]) -> list[Path]:
     """On rank 0: clear what a kill left, refuse what is there, and return the directory to write each part to."""
     save = _Save(parts)
     held.append(save)
     save.delete_leftovers()
     for part in parts:
-        if not (part.shared or overwrite) and _occupied(part.target):
+        if not part.shared and _occupied(part.target):
             raise StepExistsError(f"{part.target}: exists, and a checkpoint is never overwritten; give a new path.")
     return save.stage()
 
@@ -119,7 +96,7 @@ class _Save:
             self._staged[root.target] = staged
         return [self._directory(part) for part in self._parts]
 
-    def finish(self, *, overwrite: bool = False) -> None:
+    def finish(self) -> None:
         """Give each root its name; a shared one whose name is taken puts its files there."""
         for root in self._roots:
             if not root.shared:
@@ -128,8 +105,6 @@ class _Save:
             if root.shared and root.target.exists():
                 _merge(self._staged[root.target], root.target)
                 continue
-            if overwrite and os.path.lexists(root.target):
-                self._move_aside(root.target)
             rename_new(self._staged[root.target], root.target)
 
     def end(self) -> None:
@@ -143,12 +118,6 @@ class _Save:
     def _directory(self, part: Part) -> Path:
         root = _root(part, self._parts)
         return self._staged[root.target] / part.target.relative_to(root.target)
-
-    def _move_aside(self, path: Path) -> None:
-        """Give what is to be replaced a name under which `end`, or the next save, deletes it."""
-        trash = path.with_name(f".trash-{path.name}-{uuid.uuid4().hex}")
-        self._note(trash, None)
-        path.rename(trash)
 
     def _note(self, path: Path, identity: Identity | None) -> None:
         os.write(self._handle, json.dumps([str(path), identity]).encode() + b"\n")

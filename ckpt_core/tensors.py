@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ckpt_core.durable import file_size
 from ckpt_core.errors import NotACheckpointError
+from ckpt_core.export import stream
+from ckpt_core.export.recipe import copy_of
+from ckpt_core.export.stored import DcpStored
 from ckpt_core.format.index import Index, check_files, read_index
 from ckpt_core.format.manifest import MANIFEST_NAME
 from ckpt_core.format.source import Source, open_source, read_into
@@ -110,11 +113,14 @@ class DcpTensors:
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
         """Yield the elements of a tensor, flat and in row-major order, in blocks."""
-        from ckpt_core.export.tensors import ShardFiles
+        import torch
 
         if self._files is None:
-            self._files = self._opened.enter_context(ShardFiles(self.place))
-        return self._files.blocks(name, self.index.tensors[name])
+            self._files = self._opened.enter_context(DcpStored(self.place, self.index.tensors))
+        entry = self.index.tensors[name]
+        for block in stream.blocks(self._files, copy_of(name, entry.shape), entry.dtype):
+            elements: Any = torch.from_numpy(block)  # pyright: ignore[reportUnknownMemberType] - partly annotated
+            yield elements.view(getattr(torch, entry.dtype))
 
 
 class HfTensors:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -32,6 +34,48 @@ _WORDS: dict[str, type[np.unsignedinteger]] = {
     **dict.fromkeys(("float16", "bfloat16"), np.uint16),
     **dict.fromkeys(("float8_e5m2", "float8_e4m3fn", *_ONLY_NAN), np.uint8),
 }
+
+
+class Statistics:
+    """The smallest, the largest and the mean of a tensor's elements, which come block by block; NaN and Inf aside."""
+
+    def __init__(self, dtype: str) -> None:
+        self._dtype = dtype
+        self._count = self._nonfinite = 0
+        self._sum, self._min, self._max = 0.0, np.inf, -np.inf
+
+    @property
+    def known(self) -> bool:
+        """Whether there is anything to tell: of integers, booleans and the types of one byte there is not."""
+        return self._count > 0
+
+    def add(self, block: NDArray[Any]) -> None:
+        """Take more elements."""
+        values = _numbers(block, self._dtype)
+        if values is None or not values.size:
+            return
+        low, high = float(values.min()), float(values.max())
+        if not (np.isfinite(low) and np.isfinite(high)):
+            finite = values[np.isfinite(values)]
+            self._nonfinite += values.size - finite.size
+            if not finite.size:
+                return
+            values, low, high = finite, float(finite.min()), float(finite.max())
+        self._count += values.size
+        self._sum += float(values.sum(dtype=np.float64))
+        self._min, self._max = min(self._min, low), max(self._max, high)
+
+    def document(self) -> dict[str, float]:
+        """Return the figures; the mean has so few digits that it does not depend on the order of the sum."""
+        figures = {"min": self._min, "max": self._max, "mean": float(f"{self._sum / self._count:.6g}")}
+        return figures | ({"nonfinite": self._nonfinite} if self._nonfinite else {})
+
+
+def _numbers(block: NDArray[Any], dtype: str) -> NDArray[np.floating[Any]] | None:
+    """Return the values of floating-point elements, of the types that numpy can compute with."""
+    if dtype == "bfloat16":
+        return (block.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return block.view(dtype) if dtype in {"float64", "float32", "float16"} else None
 
 
 def first_nonfinite(block: Buffer, dtype: str) -> int | None:

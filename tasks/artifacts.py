@@ -48,7 +48,9 @@ def report_table(kind: str, run: str, checks: Sequence[Mapping[str, Any]]) -> No
 def export_card(run: str, export: Mapping[str, Any]) -> None:
     """Show an export: its files with sizes and digests, and the rules that were applied."""
     head = "| file | bytes | sha256 |\n|---|---:|---|\n"
-    files = "\n".join(f"| {name} | {f['bytes']:,} | `{f['sha256'][:16]}…` |" for name, f in export["files"].items())
+    files = "\n".join(
+        f"| {name} | {f['bytes']:,} | `{(f['sha256'] or 'none')[:16]}…` |" for name, f in export["files"].items()
+    )
     rules = "\n".join(f"- {rule}" for rule in export["rules"])
     text = f"## Export: {export['architecture']}\n\n`{export['path']}`\n\n{head}{files}\n\n{rules}\n"
     create_markdown_artifact(text, key=_key("export", run), description=f"{len(export['files'])} files")

@@ -5,15 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ckpt_core.cli.bar import Bar
 from ckpt_core.cli.command import Answer, Commands
 from ckpt_core.errors import ArgumentError
+from ckpt_core.workers import count_workers
 
 if TYPE_CHECKING:
-    from ckpt_core.export.plan import Plan
+    from ckpt_core.export.conversion import Settings
+    from ckpt_core.export.plan import Output, Plan
 
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)B?", re.IGNORECASE)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -51,6 +55,14 @@ def _add_convert(convert: argparse.ArgumentParser) -> None:
     convert.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="cast floating-point tensors")
     convert.add_argument("--max-shard-size", type=parse_size, default="5GB", metavar="5GB")
     convert.add_argument("--plan", action="store_true", help="print what would be written, and write nothing")
+    convert.add_argument("--names", metavar="FILE", help="a table of names to drop or rename, as JSON")
+    convert.add_argument("--workers", type=int, metavar="N", help="files written at once; default: one a core")
+    convert.add_argument(
+        "--no-digest",
+        dest="digest",
+        action="store_false",
+        help="look at no byte: no sha256, no CRC32, no search for NaN; unchanged bytes are copied by the kernel",
+    )
     convert.add_argument("--allow-nonfinite", action="store_true", help="accept NaN and Inf")
     convert.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
 
@@ -59,6 +71,7 @@ def _convert(options: argparse.Namespace) -> Answer:
     from ckpt_core.durable import file_size
     from ckpt_core.export import check_target, convert, convert_checkpoint, plan_export
     from ckpt_core.export.assets import fetch_assets, read_assets
+    from ckpt_core.export.names import Table, read_table
     from ckpt_core.format.manifest import MANIFEST_NAME
     from ckpt_core.locate import find_dcp
     from ckpt_core.store import open_checkpoint
@@ -72,28 +85,66 @@ def _convert(options: argparse.Namespace) -> Answer:
     own = None if step is None or options.model else step.component("assets")
     if not own and not options.model:
         raise ArgumentError(f"{source}: has no config of its own; name one with --model PATH_OR_ID.")
-    settings: dict[str, Any] = {"dtype": options.dtype, "max_shard_bytes": options.max_shard_size}
+    names = read_table(Path(options.names)) if options.names else Table()
+    settings: Settings = {"dtype": options.dtype, "max_shard_bytes": options.max_shard_size, "table": names}
     assets = read_assets(own) if own else fetch_assets(options.model, options.tokenizer)
     if options.plan:
-        return _show(plan_export(directory, assets, **settings))
-    settings |= {"overwrite": options.overwrite, "allow_nonfinite": options.allow_nonfinite}
-    if step:
-        export = convert_checkpoint(step, target, assets=assets, **settings)
-    else:
-        export = convert(directory, target, assets=assets, **settings)
+        began = time.perf_counter()
+        return _show(
+            plan_export(directory, assets, dtype=options.dtype, max_shard_bytes=options.max_shard_size, table=names),
+            began,
+        )
+    settings["overwrite"], settings["allow_nonfinite"] = options.overwrite, options.allow_nonfinite
+    settings["digest"], settings["workers"] = options.digest, options.workers
+    with Bar() as bar:
+        settings["progress"] = bar.show
+        if step:
+            export = convert_checkpoint(step, target, assets=assets, **settings)
+        else:
+            export = convert(directory, target, assets=assets, **settings)
     facts: dict[str, Any] = {"path": str(export.path), "architecture": export.architecture, "files": export.files}
-    facts["rules"] = export.rules
+    facts |= {"rules": export.rules, **bar.seconds()}
     return Answer(facts, [f"{export.path}: {export.architecture}, {export.nbytes:,} bytes, from {directory}"])
 
 
-def _show(plan: Plan) -> Answer:
-    outputs = {o.name: {"dtype": o.dtype, "shape": o.shape, "source": o.source} for o in plan.outputs}
-    facts: dict[str, Any] = {"architecture": plan.architecture, "bytes": plan.nbytes, "rules": plan.rules}
-    facts["tensors"] = outputs
-    facts["shards"] = {name: [o.name for o in shard] for name, shard in plan.shards.items()}
-    head = f"{plan.architecture}: {len(outputs)} tensors, {plan.nbytes:,} bytes, {len(plan.shards)} files"
-    names = [f"  {o['dtype']:10} {o['shape']!s:20} {name} from {o['source']}" for name, o in outputs.items()]
-    return Answer(facts, [head, *(f"  rule: {rule}" for rule in plan.rules), *names])
+def _show(plan: Plan, began: float) -> Answer:
+    from ckpt_core.export.stream import BLOCK_BYTES
+
+    outputs = {o.name: _facts(o) for o in plan.outputs}
+    reads = sum(entry.nbytes for entry in plan.tensors.values())
+    facts: dict[str, Any] = {
+        "architecture": plan.architecture,
+        "bytes": plan.nbytes,
+        "reads_bytes": reads,
+        "peak_bytes": 3 * BLOCK_BYTES * min(count_workers(), len(plan.shards)),  # read, cast, and looked at
+        "rules": plan.rules,
+        "ties": [[tie.source, tie.kept] for tie in plan.ties],
+        "tensors": outputs,
+        "shards": {name: [o.name for o in shard] for name, shard in plan.shards.items()},
+        "shards_bytes": {name: sum(o.nbytes for o in shard) for name, shard in plan.shards.items()},
+        "plan_s": time.perf_counter() - began,
+    }
+    peak = f"about {facts['peak_bytes'] / 1e6:.0f} MB of buffers"
+    lines = [
+        f"{plan.architecture}: {len(outputs)} tensors, {reads:,} bytes to read, {plan.nbytes:,} to write, {peak}",
+        *(f"  rule: {rule}" for rule in plan.rules),
+    ]
+    for name, shard in plan.shards.items():
+        lines.append(f"{name}: {len(shard)} tensors, {sum(o.nbytes for o in shard):,} bytes")
+        lines += [_line(output) for output in shard]
+    return Answer(facts, lines)
+
+
+def _facts(output: Output) -> dict[str, Any]:
+    facts: dict[str, Any] = {"dtype": output.dtype, "shape": output.shape, "how": output.recipe.kind}
+    facts["sources"] = list(output.recipe.sources)
+    return facts | ({"cast_from": output.stored} if output.casts else {})
+
+
+def _line(output: Output) -> str:
+    how = output.recipe.kind + (f", cast from {output.stored}" if output.casts else "")
+    sources = ", ".join(output.recipe.sources[:3]) + (", ..." if output.recipe.sources[3:] else "")
+    return f"  {output.dtype:10} {output.shape!s:20} {output.name}: {how} from {sources}"
 
 
 def _publish(options: argparse.Namespace) -> Answer:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ckpt_core.cli.bar import Bar
 from ckpt_core.cli.command import Answer, Commands
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def _tensors(summary: Summary) -> list[str]:
 def _verify(options: argparse.Namespace) -> Answer:
     from ckpt_core.verify import verify
 
-    with _Bar() as bar:
+    with Bar() as bar:
         report = verify(
             options.path,
             allow_nonfinite=options.allow_nonfinite,
@@ -86,24 +86,6 @@ def _verify(options: argparse.Namespace) -> Answer:
         lines += [f"ok   {check.name}: {check.detail}"] if check.passed else []
         lines += [f"FAIL {check.name}: {problem}" for problem in check.problems]
     return Answer(report.to_dict(), lines, report.passed)
-
-
-class _Bar:
-    """A progress bar on standard error, where that is a terminal."""
-
-    def __enter__(self) -> _Bar:
-        from tqdm import tqdm
-
-        self._bar: Any = tqdm(total=0, unit="B", unit_scale=True, file=sys.stderr, disable=not sys.stderr.isatty())
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def show(self, done: int, total: int) -> None:
-        """Show the bytes that were read so far, of those to read."""
-        self._bar.total = total
-        self._bar.update(done - self._bar.n)
 
 
 def _diff(options: argparse.Namespace) -> Answer:

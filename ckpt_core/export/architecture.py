@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from ckpt_core.errors import MismatchError
+from ckpt_core.export.recipe import Recipe
 from ckpt_core.format.index import Index, Shape
 
 _AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel")
@@ -27,8 +29,11 @@ class Architecture:
     ties: Mapping[str, str]
     """Names that are the same tensor as another, which the export keeps, by the config's declaration."""
 
-    renames: Mapping[str, str]
-    """Name in an export of each tensor that has another name there."""
+    recipes: Mapping[str, Recipe]
+    """How each tensor of an export, by its name there, is made of those of the state dict."""
+
+    padded: frozenset[str]
+    """Tensors with a row for each token, of which trainers keep more rows than there are tokens."""
 
     keep_float32: tuple[str, ...]
     """Parts of names whose tensors stay float32 when the rest is cast to float16."""
@@ -113,6 +118,8 @@ def _config(config: Mapping[str, Any]) -> Any:
 def _describe(cls: Any, config: Mapping[str, Any]) -> Architecture:
     import torch
 
+    from ckpt_core.export.trace import trace_export
+
     built = _config(config)
     try:
         with torch.device("meta"):
@@ -125,25 +132,18 @@ def _describe(cls: Any, config: Mapping[str, Any]) -> Architecture:
         name=cls.__name__,
         shapes={name: tuple(tensor.shape) for name, tensor in state.items()},
         ties=ties,
-        renames=_renames(model, {name: tensor for name, tensor in state.items() if name not in ties}),
+        recipes=trace_export(model, {name: tensor for name, tensor in state.items() if name not in ties}),
+        padded=_padded(model),
         keep_float32=tuple(model._keep_in_fp32_modules or ()),
         keep_float32_always=tuple(model._keep_in_fp32_modules_strict or ()),
     )
 
 
-def _renames(model: Any, state: Mapping[str, Any]) -> dict[str, str]:
-    """Return the new name of each tensor that transformers stores under another name than its model has.
-
-    Raises:
-        MismatchError: the architecture's tensors are stored split or fused, which is not supported yet.
-    """
-    from transformers.core_model_loading import revert_weight_conversion
-
-    stored = revert_weight_conversion(model, dict(state))
-    own = {id(tensor): name for name, tensor in state.items()}
-    if len(stored) != len(own) or any(id(tensor) not in own for tensor in stored.values()):
-        raise MismatchError(
-            f"{type(model).__name__}: transformers stores its tensors split or fused, which this version does not "
-            "convert; load the checkpoint into the model and call save_pretrained."
-        )
-    return {own[id(tensor)]: name for name, tensor in stored.items() if own[id(tensor)] != name}
+def _padded(model: Any) -> frozenset[str]:
+    """Return the names of the embeddings of tokens, and of what predicts tokens."""
+    owned: set[int] = set()
+    for find in (model.get_input_embeddings, model.get_output_embeddings):
+        with suppress(NotImplementedError):  # a model of something else than text
+            module = find()
+            owned |= {id(parameter) for parameter in (module.parameters() if module is not None else ())}
+    return frozenset(name for name, tensor in model.named_parameters(remove_duplicate=False) if id(tensor) in owned)

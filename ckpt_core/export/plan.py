@@ -3,30 +3,44 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from ckpt_core.errors import ArgumentError, MismatchError
 from ckpt_core.export.architecture import Architecture
+from ckpt_core.export.names import Table, resolve
+from ckpt_core.export.recipe import Piece, Recipe
 from ckpt_core.format import dtypes
+from ckpt_core.format.cover import gap_or_overlap
 from ckpt_core.format.index import Index, Shape, TensorEntry
-from ckpt_core.locate import OTHER_COMPONENTS, find_prefix
+
+_NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.|$)")
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One tensor of the export: made of the one stored tensor `source`, cast to `dtype` where that differs."""
+    """One tensor of the export, of `dtype`, made of stored ones of the type `stored`."""
 
     name: str
     dtype: str
-    shape: Shape
-    source: str
-    entry: TensorEntry
+    stored: str
+    recipe: Recipe
+
+    @property
+    def shape(self) -> Shape:
+        """Its size along each axis."""
+        return self.recipe.shape
 
     @property
     def nbytes(self) -> int:
         """Size in the export, in bytes."""
         return math.prod(self.shape) * dtypes.ITEMSIZE[self.dtype]
+
+    @property
+    def casts(self) -> bool:
+        """Whether its elements are of another type than the stored ones."""
+        return self.stored != self.dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +48,7 @@ class Tie:
     """A tensor stored a second time under another name; it must equal the one that the export keeps."""
 
     source: str
-    entry: TensorEntry
-    kept: Output
+    kept: str
 
 
 @dataclass(frozen=True)
@@ -43,8 +56,11 @@ class Plan:
     """An export: its shards by file name, with their tensors in the order in which they are written."""
 
     architecture: str
-    shards: dict[str, list[Output]]
+    shards: Mapping[str, list[Output]]
     ties: tuple[Tie, ...]
+    tensors: Mapping[str, TensorEntry]
+    """Where the tensors lie that it is made of."""
+
     rules: tuple[str, ...]
     """The named rules that were applied, for people and for `export.json`."""
 
@@ -58,8 +74,21 @@ class Plan:
         """Size of all tensors in the export, in bytes."""
         return sum(output.nbytes for output in self.outputs)
 
+    @property
+    def elements(self) -> int:
+        """How many elements all tensors in the export have."""
+        return sum(math.prod(output.shape) for output in self.outputs)
 
-def make_plan(index: Index, architecture: Architecture, *, dtype: str | None, max_shard_bytes: int, where: str) -> Plan:
+
+def make_plan(
+    index: Index,
+    architecture: Architecture,
+    *,
+    dtype: str | None,
+    max_shard_bytes: int,
+    where: str,
+    table: Table = Table(),  # noqa: B008 - frozen
+) -> Plan:
     """Match a checkpoint with an architecture, tensor by tensor.
 
     Args:
@@ -68,75 +97,127 @@ def make_plan(index: Index, architecture: Architecture, *, dtype: str | None, ma
         dtype: cast floating-point tensors to this; None keeps them.
         max_shard_bytes: largest size of one file's tensors.
         where: the checkpoint, for errors.
+        table: what the user says of the checkpoint's names.
 
     Raises:
-        MismatchError: a tensor is missing, left over, or of another shape.
+        MismatchError: a tensor is missing, left over, or of another shape, or not each byte has exactly one source.
     """
     if max_shard_bytes <= 0:
         raise ArgumentError(f"max_shard_bytes={max_shard_bytes}: expected a positive number of bytes.")
     ties = architecture.ties
-    wanted = [name for name in architecture.shapes if name not in ties]
-    prefix = find_prefix(index, _stored_names(architecture, index), where)
-    _check_leftovers(index, architecture, prefix, where)
-    rules = [f"names: {prefix!r} removed from the front"] if prefix else []
-    outputs: list[Output] = []
-    repeated: list[Tie] = []
-    values = [prefix + name for name in wanted if prefix + name in index.values]
-    if values:
-        raise MismatchError(f"{where}: {values[0]} is a value, {architecture.name} expects a tensor; give its config.")
-    for name in wanted:
-        twins = [prefix + n for n in (name, *(t for t, s in ties.items() if s == name)) if prefix + n in index.tensors]
-        outputs.append(_output(architecture, name, twins[0], index, dtype, where))
-        repeated += [Tie(twin, index.tensors[twin], outputs[-1]) for twin in twins[1:]]
+    wanted = {n: [n, *(t for t, s in ties.items() if s == n)] for n in architecture.shapes if n not in ties}
+    names = resolve((*index.tensors, *index.values), wanted, table, model=architecture.name, where=where)
+    twins = {name: [names.stored[n] for n in may if n in names.stored] for name, may in wanted.items()}
+    sources = {name: _Source.of(name, stored[0], index, architecture, where) for name, stored in twins.items()}
+    _check_used_once(architecture, sources)
+    outputs = [_output(n, recipe, sources, architecture, dtype, where) for n, recipe in architecture.recipes.items()]
+    repeated = [Tie(twin, stored[0]) for stored in twins.values() for twin in stored[1:]]
+    rules = [*names.rules]
     rules += [f"tied: {target} is {source}, stored once" for target, source in sorted(ties.items())]
-    rules += [f"renamed: {old} to {new}" for old, new in sorted(architecture.renames.items())]
-    rules += [f"cast: {pair}" for pair in sorted({f"{o.entry.dtype} to {o.dtype}" for o in outputs if _is_cast(o)})]
-    shards = _split(outputs, max_shard_bytes)
-    return Plan(architecture.name, shards, tuple(repeated), tuple(rules))
+    rules += [source.trimmed for source in sources.values() if source.trimmed]
+    rules += _rearranged(architecture.recipes)
+    rules += [f"cast: {pair}" for pair in sorted({f"{o.stored} to {o.dtype}" for o in outputs if o.casts})]
+    used = {name: index.tensors[name] for stored in twins.values() for name in stored}
+    return Plan(architecture.name, _split(outputs, max_shard_bytes), tuple(repeated), used, tuple(rules))
 
 
-def _is_cast(output: Output) -> bool:
-    return output.entry.dtype != output.dtype
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A stored tensor that stands for one of the model's."""
+
+    stored: str
+    entry: TensorEntry
+    shape: Shape
+    """What the model has of it: all, or the first rows."""
+
+    trimmed: str
+
+    @classmethod
+    def of(cls, name: str, stored: str, index: Index, architecture: Architecture, where: str) -> _Source:
+        """Find a stored tensor, and compare its shape and type with what the model and the format want.
+
+        Raises:
+            MismatchError: it does not fit.
+        """
+        if stored in index.values:
+            raise MismatchError(f"{where}: {stored} is a value, {architecture.name} expects a tensor; give its config.")
+        entry, shape = index.tensors[stored], architecture.shapes[name]
+        if entry.dtype not in dtypes.SAFETENSORS:
+            raise MismatchError(f"{where}: {stored} is of {entry.dtype}, which safetensors cannot hold.")
+        if entry.shape == shape:
+            return cls(stored, entry, shape, "")
+        padded = name in architecture.padded and entry.shape[1:] == shape[1:] and entry.shape[:1] > shape[:1]
+        if not padded:
+            raise MismatchError(
+                f"{where}: {stored} has shape {entry.shape}, {architecture.name} with this config expects {shape}; "
+                "give the config that it was trained with."
+            )
+        return cls(stored, entry, shape, f"trimmed: {stored} from {entry.shape[0]} rows to the config's {shape[0]}")
+
+    def seen(self, piece: Piece) -> Piece:
+        """Return a piece of the model's tensor as one of the stored tensor, which may have more rows."""
+        view = self.entry.shape if self.trimmed else piece.view
+        return replace(piece, source=self.stored, view=view)
 
 
-def _stored_names(architecture: Architecture, index: Index) -> list[str]:
-    """Return the expected names; of tied tensors, the one that the checkpoint has."""
-    names: list[str] = []
-    for name in architecture.shapes:
-        if name in architecture.ties:
-            continue
-        twins = [name, *(target for target, source in architecture.ties.items() if source == name)]
-        there = [t for t in twins if any(s == t or s.endswith("." + t) for s in index.tensors)] if twins[1:] else []
-        names.append(there[0] if there else name)
-    return names
+def _check_used_once(architecture: Architecture, sources: Mapping[str, _Source]) -> None:
+    """Check that each element of the export has one source, and that each element of the model's is used once.
+
+    Raises:
+        MismatchError: that is not so.
+    """
+    boxes: dict[str, list[Piece]] = {name: [] for name in sources}
+    for name, recipe in architecture.recipes.items():
+        wrong = recipe.wrong()
+        if wrong:
+            raise MismatchError(f"{architecture.name}: {name} cannot be made of the model's tensors: {wrong}.")
+        for piece in recipe.pieces:
+            boxes[piece.source].append(piece)
+    for name, pieces in boxes.items():
+        if not (pieces or math.prod(sources[name].shape)):
+            continue  # without elements there is nothing to move
+        view = pieces[0].view if pieces else (-1,)
+        same = all(piece.view == view for piece in pieces)
+        wrong = gap_or_overlap(view, [(p.start, p.taken) for p in pieces]) if same and pieces else "it is not used"
+        if wrong:
+            raise MismatchError(f"{architecture.name}: {name} is not in the export once: {wrong}.")
 
 
-def _check_leftovers(index: Index, architecture: Architecture, prefix: str, where: str) -> None:
-    expected = {prefix + name for name in architecture.shapes}
-    leftovers = [
-        name
-        for name in (*index.tensors, *index.values)
-        if name not in expected and not name.startswith(OTHER_COMPONENTS) and not name.endswith("._extra_state")
-    ]
-    if leftovers:
+def _output(
+    name: str,
+    recipe: Recipe,
+    sources: Mapping[str, _Source],
+    architecture: Architecture,
+    dtype: str | None,
+    where: str,
+) -> Output:
+    made_of = [sources[source].entry.dtype for source in recipe.sources]
+    if len(set(made_of)) != 1:
         raise MismatchError(
-            f"{where}: holds {len(leftovers)} tensors that {architecture.name} does not have, such as "
-            f"{', '.join(leftovers[:3])}; give the config that it was trained with."
+            f"{where}: {', '.join(recipe.sources)} become one tensor, {name}, but are of "
+            f"{', '.join(sorted(set(made_of)))}; save them in one type."
         )
+    [stored] = set(made_of)
+    keeps = any(architecture.keeps_float32(source, dtype or "") for source in (*recipe.sources, name))
+    cast = dtype is not None and stored in dtypes.FLOATING and not keeps
+    pieces = tuple(sources[piece.source].seen(piece) for piece in recipe.pieces)
+    return Output(name, dtype if cast and dtype else stored, stored, replace(recipe, pieces=pieces))
 
 
-def _output(architecture: Architecture, name: str, source: str, index: Index, dtype: str | None, where: str) -> Output:
-    entry, shape = index.tensors[source], architecture.shapes[name]
-    if entry.shape != shape:
-        raise MismatchError(
-            f"{where}: {source} has shape {entry.shape}, {architecture.name} with this config expects {shape}; give "
-            "the config that it was trained with."
-        )
-    if entry.dtype not in dtypes.SAFETENSORS:
-        raise MismatchError(f"{where}: {source} is of {entry.dtype}, which safetensors cannot hold.")
-    cast = dtype is not None and entry.dtype in dtypes.FLOATING and not architecture.keeps_float32(name, dtype)
-    exported = architecture.renames.get(name, name)
-    return Output(exported, dtype if cast and dtype else entry.dtype, shape, source, entry)
+def _rearranged(recipes: Mapping[str, Recipe]) -> list[str]:
+    """Say which tensors have other names than in the model, or are split, stacked or turned; `*` is any number."""
+    said: dict[str, None] = {}
+    for name, recipe in recipes.items():
+        if recipe.straight and recipe.sources[0] != name:
+            said[f"renamed: {_any_number(recipe.sources[0])} to {_any_number(name)}"] = None
+        elif not recipe.straight:
+            made_of = dict.fromkeys(map(_any_number, recipe.sources))
+            said[f"{recipe.kind}: {_any_number(name)} from {', '.join(made_of)}"] = None
+    return sorted(said)
+
+
+def _any_number(name: str) -> str:
+    return _NUMBER.sub("*", name)
 
 
 def _split(outputs: Iterable[Output], max_shard_bytes: int) -> dict[str, list[Output]]:
@@ -156,7 +237,4 @@ def _split(outputs: Iterable[Output], max_shard_bytes: int) -> dict[str, list[Ou
 
 def _in_file_order(outputs: list[Output]) -> list[Output]:
     """Order tensors as safetensors does: widest elements first, so that all are aligned, then by name."""
-    return sorted(outputs, key=lambda o: (-_ALIGNMENT[o.dtype], o.name))
-
-
-_ALIGNMENT = {name: dtypes.ITEMSIZE[name] for name in dtypes.SAFETENSORS}
+    return sorted(outputs, key=lambda o: (-dtypes.ITEMSIZE[o.dtype], o.name))

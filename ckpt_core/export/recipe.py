@@ -67,6 +67,16 @@ class Recipe:
         walked = [axis for axis in piece.axes if axis is not None]
         return walked == sorted(walked) and math.prod(piece.view) == math.prod(piece.sizes)
 
+    @property
+    def kind(self) -> str:
+        """What is done to make it, in a word."""
+        if len(self.sources) > 1:
+            return "stacked"
+        if self.straight or not self.pieces:
+            return "copied"
+        taken = sum(math.prod(piece.sizes) for piece in self.pieces)
+        return "split" if taken < math.prod(self.pieces[0].view) else "turned"
+
     def wrong(self) -> str | None:
         """Return what is wrong with it, or None if each element of the tensor has exactly one source element."""
         if math.prod(self.layout) != math.prod(self.shape):

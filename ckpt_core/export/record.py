@@ -83,11 +83,11 @@ def _parse(path: Place, document: Any) -> Export:
 def _check_entry(name: str, entry: dict[str, Any]) -> None:
     if Path(name).name != name or not name.isprintable() or len(name.encode()) > MAX_NAME_BYTES:
         raise ValueError(f"{name!r} is no plain name of a file")
-    size, sha256 = entry.get("bytes"), entry.get("sha256")
+    size, sha256 = entry.get("bytes"), entry.get("sha256", "none")
     if type(size) is not int or size < 0:
         raise ValueError(f"{name} has bytes {size!r}, expected a number")
-    if type(sha256) is not str or not _SHA256.fullmatch(sha256):
-        raise ValueError(f"{name} has sha256 {sha256!r}, expected 64 hexadecimal digits")
+    if sha256 is not None and not (type(sha256) is str and _SHA256.fullmatch(sha256)):
+        raise ValueError(f"{name} has sha256 {sha256!r}, expected 64 hexadecimal digits, or null if none was made")
 
 
 def _expect(value: Any, kind: type[Any], what: str) -> Any:

@@ -1,7 +1,4 @@
-"""Writing an export: streamed from the checkpoint's bytes, checked and digested in the same pass."""
-
-# torch's views of buffers are only partly annotated.
-# pyright: reportUnknownMemberType=false
+"""Writing one file of an export: streamed from the checkpoint's bytes, checked and digested in the same pass."""
 
 from __future__ import annotations
 
@@ -9,66 +6,94 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-
-from ckpt_core import durable
 from ckpt_core.errors import DamagedError, MismatchError
-from ckpt_core.export.plan import Output, Plan, Tie
-from ckpt_core.export.tensors import ShardFiles
+from ckpt_core.export.cast import cast
+from ckpt_core.export.plan import Output, Plan
+from ckpt_core.export.recipe import copy_of
+from ckpt_core.export.shard import Shard
+from ckpt_core.export.stored import Stored
+from ckpt_core.export.stream import blocks, check_chunks, ranges
 from ckpt_core.format import dtypes
-from ckpt_core.values import first_nonfinite
+from ckpt_core.format.chunks import Words, bytes_of
+from ckpt_core.format.source import LocalSource
+from ckpt_core.values import Statistics, first_nonfinite
 
 if TYPE_CHECKING:
-    from ckpt_core.urls import Place
+    from ckpt_core.format.digests import Hasher
 
 INDEX_NAME = "model.safetensors.index.json"
-Records = dict[str, dict[str, Any]]
+_PAGE_BYTES = 4096
+
+Written = Callable[[int], None]
 
 
-def write_weights(
-    plan: Plan, source: Place, target: Path, *, allow_nonfinite: bool, progress: Callable[[int], None]
-) -> Records:
-    """Write every shard of a plan, and the index where there are several.
+@dataclass(frozen=True)
+class Care:
+    """How closely bytes are looked at while they are converted."""
+
+    digest: bool = True
+    """False leaves out all that looks at every byte: CRC32, sha256, NaN and Inf, statistics."""
+
+    allow_nonfinite: bool = False
+
+
+def write_shard(path: Path, shard: Shard, stored: Stored, *, care: Care, written: Written) -> dict[str, Any]:
+    """Write a shard to a new file, flushed to the device.
 
     Args:
-        plan: what to write.
-        source: the DCP directory.
-        target: an existing directory.
-        allow_nonfinite: write NaN and Inf too.
-        progress: is told of bytes as they are written.
+        path: of the file.
+        shard: what to write.
+        stored: what it is made of.
+        care: how closely to look at the bytes.
+        written: is told of bytes as they are written.
 
     Returns:
-        `bytes` and `sha256` of each file, by name.
+        `bytes` and `sha256` of the file, and `tensors`: the statistics of each. Without digests `sha256` is None,
+        and there are no statistics.
 
     Raises:
         DamagedError: a tensor has NaN or Inf, or the checkpoint's files are damaged.
-        MismatchError: two tensors that the architecture ties differ, or a value does not fit the type to cast to.
+        MismatchError: a value does not fit the type to cast to.
     """
-    records: Records = {}
-    with ShardFiles(source) as files:
-        for tie in plan.ties:
-            _check_equal(files, tie, source)
-        for name, outputs in plan.shards.items():
-            records[name] = _write_shard(target / name, outputs, files, progress, allow_nonfinite=allow_nonfinite)
-    if len(plan.shards) > 1:
-        records[INDEX_NAME] = write_file(target / INDEX_NAME, _index_bytes(plan))
-    return records
+    if care.digest:
+        for source in shard.checked:
+            check_chunks(stored, source)
+    with _File(path, shard.outputs, care) as file:
+        for output in shard.outputs:
+            file.append(output, stored, written)
+        return file.finish()
 
 
-def write_file(path: Path, data: bytes) -> dict[str, Any]:
-    """Write a new file, flushed to the device; return its `bytes` and `sha256`."""
-    durable.write_new(path, data)
-    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+def check_ties(plan: Plan, stored: Stored) -> None:
+    """Compare each tensor that is stored a second time with the one that the export keeps, bit for bit.
+
+    Raises:
+        MismatchError: they differ.
+    """
+    for tie in plan.ties:
+        kept, other = plan.tensors[tie.kept], plan.tensors[tie.source]
+        same = (kept.dtype, kept.shape) == (other.dtype, other.shape) and all(
+            bool((a == b).all())
+            for a, b in zip(
+                blocks(stored, copy_of(tie.kept, kept.shape), kept.dtype),
+                blocks(stored, copy_of(tie.source, other.shape), other.dtype),
+                strict=True,
+            )
+        )
+        if not same:
+            raise MismatchError(
+                f"{stored.place}: {tie.source} and {tie.kept} differ, and the config ties them; set "
+                "tie_word_embeddings to false in the config if they were trained apart."
+            )
 
 
-def header_bytes(outputs: list[Output]) -> bytes:
-    """Return the header of a safetensors file: the length of its JSON, then the JSON, padded to 8 bytes."""
+def header_bytes(outputs: Sequence[Output], *, unit: int = 8) -> bytes:
+    """Return the header of a safetensors file: the length of its JSON, then the JSON, padded to `unit` bytes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for output in outputs:
@@ -79,73 +104,96 @@ def header_bytes(outputs: list[Output]) -> bytes:
         }
         offset += output.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(len(text) + 8) % unit)
     return struct.pack("<Q", len(text)) + text
 
 
-def _write_shard(
-    path: Path, outputs: list[Output], files: ShardFiles, progress: Callable[[int], None], *, allow_nonfinite: bool
-) -> dict[str, Any]:
-    hasher = hashlib.sha256()
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
-    with os.fdopen(handle, "wb", buffering=0) as file:
-
-        def put(data: Any) -> None:
-            hasher.update(data)
-            rest = memoryview(data)
-            while rest:
-                rest = rest[file.write(rest) :]
-
-        put(header_bytes(outputs))
-        for output in outputs:
-            for block in files.blocks(output.source, output.entry):
-                cast = block.to(getattr(torch, output.dtype))
-                data = _bytes_of(cast)
-                if not allow_nonfinite and first_nonfinite(data, output.dtype) is not None:
-                    raise _nonfinite(block, output)
-                put(data)
-                progress(cast.nbytes)
-        os.fsync(file.fileno())
-        size = file.tell()
-    return {"bytes": size, "sha256": hasher.hexdigest()}
-
-
-def _bytes_of(block: torch.Tensor) -> NDArray[np.uint8]:
-    return block.view(torch.uint8).numpy()
-
-
-def _nonfinite(block: torch.Tensor, output: Output) -> Exception:
-    """Return the error for a block with NaN or Inf after its cast, which every NaN and Inf survives."""
-    if first_nonfinite(_bytes_of(block), output.entry.dtype) is None:
-        return MismatchError(
-            f"{output.source}: holds values that do not fit {output.dtype}, where they would be NaN or Inf; convert to "
-            f"bfloat16 or float32, or keep {output.entry.dtype}."
-        )
-    return DamagedError(
-        f"{output.source}: holds NaN or Inf; the training diverged. Convert an earlier step, or pass "
-        "allow_nonfinite to have it as it is."
-    )
-
-
-def _check_equal(files: ShardFiles, tie: Tie, where: Place) -> None:
-    """Compare two stored tensors, bit for bit."""
-    kept = tie.kept.entry
-    same = (kept.dtype, kept.shape) == (tie.entry.dtype, tie.entry.shape) and all(
-        torch.equal(a.view(torch.uint8), b.view(torch.uint8))
-        for a, b in zip(files.blocks(tie.kept.source, kept), files.blocks(tie.source, tie.entry), strict=True)
-    )
-    if not same:
-        raise MismatchError(
-            f"{where}: {tie.source} and {tie.kept.source} differ, and the config ties them; set tie_word_embeddings "
-            "to false in the config if they were trained apart."
-        )
-
-
-def _index_bytes(plan: Plan) -> bytes:
-    weight_map: Mapping[str, str] = {o.name: name for name, outputs in plan.shards.items() for o in outputs}
-    parameters = sum(torch.Size(output.shape).numel() for output in plan.outputs)
+def index_bytes(plan: Plan) -> bytes:
+    """Return the index that says which file holds which tensor."""
+    weight_map = {o.name: name for name, outputs in plan.shards.items() for o in outputs}
     document = {
-        "metadata": {"total_parameters": parameters, "total_size": plan.nbytes},
+        "metadata": {"total_parameters": plan.elements, "total_size": plan.nbytes},
         "weight_map": dict(sorted(weight_map.items())),
     }
     return (json.dumps(document, indent=2) + "\n").encode()
+
+
+class _File:
+    """One new safetensors file, written from its first byte to its last."""
+
+    def __init__(self, path: Path, outputs: Sequence[Output], care: Care) -> None:
+        self._care = care
+        self._sha256: Hasher = hashlib.sha256()
+        self._statistics: dict[str, dict[str, float]] = {}
+        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        self._place = 0
+        # Where nothing is digested blocks can be shared, if they begin where those of the checkpoint do: on a page.
+        self._header = header_bytes(outputs, unit=8 if care.digest else _PAGE_BYTES)
+
+    def __enter__(self) -> _File:
+        self._put(memoryview(self._header))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._handle)
+
+    def append(self, output: Output, stored: Stored, written: Written) -> None:
+        """Write the next tensor."""
+        if self._care.digest or not self._copy(output, stored, written):
+            self._stream(output, stored, written)
+
+    def finish(self) -> dict[str, Any]:
+        """Flush to the device; return what is to be known of the file."""
+        os.fsync(self._handle)
+        if not self._care.digest:
+            return {"bytes": self._place, "sha256": None}
+        return {"bytes": self._place, "sha256": self._sha256.hexdigest(), "tensors": self._statistics}
+
+    def _copy(self, output: Output, stored: Stored, written: Written) -> bool:
+        """Have the kernel copy a tensor whose bytes are the stored ones; return whether that was possible."""
+        found = None if output.casts else ranges(stored, output.recipe, output.stored)
+        if found is None:
+            return False
+        for each in found:
+            source = stored.source(each.file)
+            assert isinstance(source, LocalSource)
+            source.copy_to(each.offset, each.nbytes, self._handle, self._place + each.place)
+            written(each.nbytes)
+        self._place += output.nbytes
+        return True
+
+    def _stream(self, output: Output, stored: Stored, written: Written) -> None:
+        """Write a tensor block by block."""
+        statistics = Statistics(output.dtype)
+        for block in blocks(stored, output.recipe, output.stored, check=self._care.digest):
+            made = cast(block, output.stored, output.dtype) if output.casts else block
+            if self._care.digest:
+                if not self._care.allow_nonfinite and first_nonfinite(bytes_of(made), output.dtype) is not None:
+                    raise _nonfinite(block, output)
+                statistics.add(made)
+            self._put(bytes_of(made))
+            written(made.nbytes)
+        if statistics.known:
+            self._statistics[output.name] = statistics.document()
+
+    def _put(self, data: memoryview) -> None:
+        if self._care.digest:
+            self._sha256.update(data)
+        while data:
+            written = os.pwrite(self._handle, data, self._place)
+            self._place += written
+            data = data[written:]
+
+
+def _nonfinite(block: Words, output: Output) -> Exception:
+    """Return the error for a block with NaN or Inf after its cast, which every NaN and Inf survives."""
+    sources = ", ".join(output.recipe.sources)
+    if first_nonfinite(bytes_of(block), output.stored) is None:
+        return MismatchError(
+            f"{sources}: holds values that do not fit {output.dtype}, where they would be NaN or Inf; convert to "
+            f"bfloat16 or float32, or keep {output.stored}."
+        )
+    return DamagedError(
+        f"{sources}: holds NaN or Inf; the training diverged. Convert an earlier step, or pass "
+        "allow_nonfinite to have it as it is."
+    )

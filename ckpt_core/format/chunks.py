@@ -56,17 +56,20 @@ def locate_chunk(file: Source, span: Span, dtype: str, sizes: Shape, where: str)
     return payload
 
 
-def read_array(file: Source, payload: Payload, offsets: Shape, sizes: Shape, where: str) -> Words:
-    """Return the box of `sizes` elements from `offsets` of a chunk; its CRC32 is not looked at.
+def read_part(file: Source, payload: Payload, shape: Shape, offsets: Shape, sizes: Shape, where: str) -> Words:
+    """Return a box of a chunk in row-major order, of which only the box's bytes are read; its CRC32 is not looked at.
 
-    Of a chunk in row-major order only the box's bytes are read, of any other one all.
+    Args:
+        file: to read.
+        payload: where the chunk's elements lie.
+        shape: how many there are along each axis; any shape of as many elements will do, but one without axes.
+        offsets: where the box begins.
+        sizes: of the box.
+        where: for errors.
     """
-    if not payload.contiguous:
-        return read_strided(file, payload, where)[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))]
     box = np.empty(sizes, words_of(payload.dtype))
     if box.size:
-        runs = box_runs(payload.shape or (1,), offsets or (0,), sizes or (1,))
-        read_runs(file, payload.offset, runs, bytes_of(box), box.itemsize, where)
+        read_runs(file, payload.offset, box_runs(shape, offsets, sizes), bytes_of(box), box.itemsize, where)
     return box
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import OrderedDict
 from pathlib import Path
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
     from ckpt_core.urls import Place
 
+_COPY_BYTES = 256 << 20
+_NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY}
 _WINDOW = 32 << 10
 _WINDOWS = 64
 
@@ -96,11 +99,34 @@ class LocalSource(_Closing):
         """Read bytes from `offset` on into `buffer`; return how many."""
         return os.preadv(self._handle, [buffer], offset)
 
+    def copy_to(self, offset: int, count: int, target: int, place: int) -> None:
+        """Have the kernel copy bytes to the open file `target`, which may come to share them with this one.
+
+        Raises:
+            DamagedError: the file ends before that.
+        """
+        while count:
+            copied = _copy(self._handle, target, min(count, _COPY_BYTES), offset, place)
+            if copied == 0:
+                raise DamagedError(f"ends before byte {offset + count}; it is cut short: restore a copy of it.")
+            offset, place, count = offset + copied, place + copied, count - copied
+
     def close(self) -> None:
         """End reading."""
         handle, self._handle = self._handle, -1
         if handle >= 0:
             os.close(handle)
+
+
+def _copy(source: int, target: int, count: int, offset: int, place: int) -> int:
+    """Copy bytes between files, through the kernel where it can do that; return how many."""
+    try:
+        return os.copy_file_range(source, target, count, offset, place)
+    except OSError as error:
+        if error.errno not in _NO_KERNEL_COPY:
+            raise
+    data = os.pread(source, min(count, _WINDOW << 5), offset)
+    return os.pwrite(target, data, place) if data else 0
 
 
 class RemoteSource(_Closing):

@@ -83,7 +83,7 @@ def _content(export: Path, name: str, size: object, sha256: object) -> Content:
     if plain.is_absolute() or ".." in plain.parts or str(plain) != name or name in (".", MANIFEST):
         raise DamagedError(f"{export / MANIFEST}: {name!r} is not the name of a file in the export; convert again")
     if not isinstance(size, int) or not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
-        raise DamagedError(f"{export / MANIFEST}: {name} has no size or sha256; convert again")
+        raise DamagedError(f"{export / MANIFEST}: {name} has no size or sha256; convert again, with digests")
     return Content(source=export / name, size=size, sha256=sha256)
 
 

@@ -30,8 +30,8 @@ from ckpt_core.format.source import Source, open_source, read_into
 from ckpt_core.format.zips import read_all
 from ckpt_core.io.chunks import read_box
 from ckpt_core.io.metadata import to_metadata
-from ckpt_core.io.workers import in_parallel
 from ckpt_core.urls import is_reachable, place_of
+from ckpt_core.workers import in_parallel
 
 if TYPE_CHECKING:
     from ckpt_core.urls import Place

@@ -44,6 +44,8 @@ def verify_export(place: Place, work: Work) -> Report:
     checks = [work.findings.check("record", f"{len(export.files) if export else 0} files")]
     if export and whole:
         said = f"{len(export.files)} files, {export.nbytes:,} bytes as {EXPORT_NAME} says"
+        bare = sum(record["sha256"] is None for record in export.files.values())
+        said += f"; {bare} of them have no digest there" if bare else ""
         checks.append(work.findings.check("digests", said))
     checks += [*_weights_checks(weights, chosen, work), code_check(place, work)]
     return Report(str(place), "export", tuple(checks), work.sample.said())
@@ -87,7 +89,7 @@ def _files(place: Place, export: Export, chosen: Chosen, work: Work) -> list[Rea
             partial(
                 _given, [_extent(tensor, tensor_name, work) for tensor_name, tensor in chosen.get(name, {}).items()]
             ),
-            f"sha256:{record['sha256']}",
+            f"sha256:{record['sha256']}" if record["sha256"] else None,
             EXPORT_NAME,
         )
         for name, record in export.files.items()

@@ -18,9 +18,9 @@ import numpy as np
 from ckpt_core.errors import CkptError
 from ckpt_core.format.digests import Hasher, algorithm_of, crc32, hasher
 from ckpt_core.format.source import Source, open_source, read_into
-from ckpt_core.io.workers import count_workers
 from ckpt_core.values import first_nonfinite
 from ckpt_core.verify.report import Findings
+from ckpt_core.workers import count_workers
 
 if TYPE_CHECKING:
     from ckpt_core.urls import Place

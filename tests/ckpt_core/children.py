@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from ckpt_core import io
+from ckpt_core.errors import ExportError
 from ckpt_core.export import convert, plan_export
 from ckpt_core.export.assets import read_assets
 from ckpt_core.native_checkpoint import save_checkpoint
@@ -54,13 +55,13 @@ def convert_when_continued(directory: str, assets: str, target: str, overwrite: 
 
 
 def convert_with_little_room(directory: str, assets: str, target: str) -> None:
-    """Convert where no file may be larger than 5000 bytes; exit with the number of the error."""
+    """Convert where no file may be larger than 15,000 bytes; exit with the number of the error."""
     given = read_assets(Path(assets))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, resource.RLIM_INFINITY))
     try:
         convert(Path(directory), Path(target), assets=given)
-    except OSError as error:
-        os._exit(error.errno or 1)
+    except ExportError as error:
+        os._exit(getattr(error.__cause__, "errno", 1))
 
 
 def save_as(state_file: str, directory: str, layout: str) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 PRELOADED = ["torch._dynamo", "torch.distributed.fsdp", "ckpt_core.native_checkpoint", "ckpt_core.commit"]
-PRELOADED += ["ckpt_core.export.write", "transformers.models.llama.modeling_llama", "torch.distributed.device_mesh"]
+PRELOADED += ["ckpt_core.export", "transformers.models.llama.modeling_llama", "torch.distributed.device_mesh"]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOADED)
 

@@ -243,7 +243,8 @@ def test_convert_makes_an_export(ckpt: Run, place: Path, tmp_path: Path) -> None
     assert out.startswith("LlamaForCausalLM: ")
     assert "rule: tied: lm_head.weight is model.embed_tokens.weight" in out
     planned = json.loads(ckpt("convert", step_of(place), tmp_path / "one", "--plan", "--json")[1])
-    assert planned["tensors"]["model.norm.weight"]["source"] == "model.model.norm.weight"
+    assert planned["tensors"]["model.norm.weight"]["sources"] == ["model.model.norm.weight"]
+    assert planned["reads_bytes"] == planned["bytes"] == sum(planned["shards_bytes"].values()) > 0
     assert list(tmp_path.iterdir()) == []
     status, out, _ = ckpt("convert", step_of(place), tmp_path / "one")
     assert (status, out.startswith(f"{tmp_path / 'one'}: LlamaForCausalLM, ")) == (0, True)
@@ -251,6 +252,7 @@ def test_convert_makes_an_export(ckpt: Run, place: Path, tmp_path: Path) -> None
     facts = json.loads(out)
     assert (status, facts["architecture"], facts["path"]) == (0, "LlamaForCausalLM", str(tmp_path / "two"))
     assert "tokenizer.json" in facts["files"]
+    assert facts["startup_s"] > 0 < facts["write_s"]
     assert ckpt("convert", step_of(place), tmp_path / "three", "--model", place / "config")[0] == 0
     assert json.loads((tmp_path / "three" / "export.json").read_text())["source"]["step"] == 1
     assert (tmp_path / "one" / "model.safetensors").read_bytes() == (

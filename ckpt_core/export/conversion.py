@@ -1,0 +1,307 @@
+"""A conversion from its first look at the checkpoint to an export that is there: in one process, or in many."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+
+from ckpt_core.errors import ArgumentError, CkptError, ExportError, ExportExistsError, NotACheckpointError
+from ckpt_core.export import work as works
+from ckpt_core.export.architecture import find_architecture
+from ckpt_core.export.assets import CONFIG_NAME, EXPORT_NAME, Assets, read_assets
+from ckpt_core.export.names import Table
+from ckpt_core.export.plan import Plan, make_plan
+from ckpt_core.export.record import FORMAT_VERSION, Export, read_export
+from ckpt_core.export.shard import shards_of
+from ckpt_core.export.stored import DcpStored
+from ckpt_core.export.work import Progress, Work
+from ckpt_core.export.write import INDEX_NAME, Care, check_ties, index_bytes
+from ckpt_core.format.digests import digest_bytes
+from ckpt_core.format.index import METADATA_NAME, read_index
+from ckpt_core.format.manifest import MANIFEST_NAME
+from ckpt_core.store import Checkpoint
+from ckpt_core.urls import local_path
+from ckpt_core.workers import count_workers
+
+if TYPE_CHECKING:
+    from ckpt_core.urls import Place
+
+DEFAULT_SHARD_BYTES = 5_000_000_000
+
+
+def convert_checkpoint(
+    checkpoint: Checkpoint,
+    target: Path,
+    *,
+    assets: Assets | None = None,
+    trust_remote_code: bool = False,
+    **settings: Unpack[Settings],
+) -> Export:
+    """Convert a committed step, whose own assets give config and tokenizer unless `assets` does; see `convert`."""
+    with checkpoint.lease():
+        model, settings["source"] = model_of(checkpoint), source_of(checkpoint)
+        assets = assets or own_assets(checkpoint, trust_remote_code=trust_remote_code)
+        return convert(model, target, assets=assets, **settings)
+
+
+def convert(directory: Place, target: Path, *, assets: Assets, **settings: Unpack[Settings]) -> Export:
+    """Write the model in the DCP directory as a Hugging Face directory of safetensors, streamed.
+
+    A conversion that was killed goes on where it was when the same one is begun again.
+
+    Args:
+        directory: the DCP directory.
+        target: the directory to make; it appears whole or not at all.
+        assets: config and tokenizer.
+        settings: see `Settings`.
+
+    Raises:
+        ExportExistsError (a FileExistsError): `target` exists.
+        CheckpointError: the checkpoint is damaged, hostile, or does not fit the config; nothing is left at `target`.
+        ExportError (an OSError): the disk is full, or failed.
+    """
+    target = local_path(target)
+    work = works.work_on(target)
+    workers = settings.get("workers") or count_workers(remote=not isinstance(directory, Path))
+    check_target(directory, target, overwrite=settings.get("overwrite", False))
+    with works.held(work), _given_up(work), _disk(target):
+        _begin(work, directory, target, assets, settings)
+        work.write_all(workers, settings.get("progress") or _ignore)
+        _finish(work, target, overwrite=settings.get("overwrite", False))
+    return read_export(target)
+
+
+class Settings(TypedDict, total=False):
+    """How to convert.
+
+    Attributes:
+        dtype: cast floating-point tensors to this (`bfloat16`, say); None keeps them bit for bit.
+        max_shard_bytes: largest size of one file's tensors.
+        overwrite: replace the target if it exists.
+        allow_nonfinite: accept NaN and Inf.
+        digest: False leaves out all that looks at every byte: CRC32, sha256, NaN and Inf, statistics.
+        table: what is to be known of the checkpoint's names.
+        source: what `export.json` says of the source; by default the digest of the DCP metadata.
+        workers: how many files are written at once.
+        progress: is told the bytes written so far, and those to write.
+    """
+
+    dtype: str | None
+    max_shard_bytes: int
+    overwrite: bool
+    allow_nonfinite: bool
+    digest: bool
+    table: Table
+    source: Mapping[str, Any]
+    workers: int | None
+    progress: Progress | None
+
+
+def begin_conversion(directory: Place, target: Path, *, assets: Assets, **settings: Unpack[Settings]) -> list[str]:
+    """Begin what `convert` does, for `convert_shard` in any processes and `finish_conversion`.
+
+    Returns:
+        The names of the files of weights that are still to be written.
+    """
+    work, target = works.work_on(local_path(target)), local_path(target)
+    check_target(directory, target, overwrite=settings.get("overwrite", False))
+    with works.held(work), _given_up(work, after=False), _disk(target):
+        _begin(work, directory, target, assets, settings)
+    return work.undone
+
+
+def convert_shard(target: Path, name: str) -> None:
+    """Write one file of a conversion that was begun, unless that is done; several processes may at once."""
+    work = works.work_on(local_path(target))
+    with works.shared(work), _disk(target):
+        work.write(name, lambda _: None)
+
+
+def finish_conversion(target: Path, *, overwrite: bool = False) -> Export:
+    """Give an export whose files are all written its name.
+
+    Raises:
+        CommitError: a file is still to be written, or nothing was begun.
+        ExportExistsError (a FileExistsError): `target` exists.
+    """
+    work = works.work_on(local_path(target))
+    with works.held(work), _given_up(work), _disk(target):
+        _finish(work, local_path(target), overwrite=overwrite)
+    return read_export(local_path(target))
+
+
+def abandon_conversion(target: Path) -> None:
+    """Delete what was written of a conversion that is not to go on."""
+    work = works.work_on(local_path(target))
+    with works.held(work):
+        works.remove(work)
+
+
+def plan_export(
+    directory: Place,
+    assets: Assets,
+    *,
+    dtype: str | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    table: Table = Table(),  # noqa: B008 - frozen
+) -> Plan:
+    """Return what `convert` would write; reads metadata alone.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, hostile, or does not fit the config.
+    """
+    index = read_index(directory)
+    architecture = find_architecture(assets.config, index)
+    return make_plan(
+        index, architecture, dtype=dtype, max_shard_bytes=max_shard_bytes, table=table, where=str(directory)
+    )
+
+
+def model_of(checkpoint: Checkpoint) -> Place:
+    """Return the DCP directory of a committed step's model.
+
+    Raises:
+        NotACheckpointError: it has none.
+    """
+    model = checkpoint.component("model")
+    if model is None:
+        raise NotACheckpointError(f"{checkpoint.path}: has no model, so there is nothing to convert.")
+    return model
+
+
+def own_assets(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Assets:
+    """Return the config and tokenizer of a committed step.
+
+    Raises:
+        NotACheckpointError: it has none.
+    """
+    own = checkpoint.component("assets")
+    if own is None:
+        raise NotACheckpointError(f"{checkpoint.path}: has no assets (config and tokenizer); name a config.")
+    return read_assets(own, trust_remote_code=trust_remote_code)
+
+
+def source_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what an export's record says of a committed step."""
+    manifest = checkpoint.manifest
+    return {"run": manifest.run, "step": manifest.step, "digest": manifest.digest()}
+
+
+def check_target(directory: Place, target: Path, *, overwrite: bool) -> None:
+    """Check that an export of what is in `directory` may be written to `target`.
+
+    Raises:
+        ExportExistsError (a FileExistsError): it exists.
+        ArgumentError: it lies in the source, around it, or in a committed step.
+    """
+    target = target.parent.resolve() / target.name
+    check_free(target, overwrite=overwrite)
+    directory = directory.resolve()
+    if isinstance(directory, Path) and (target.is_relative_to(directory) or directory.is_relative_to(target)):
+        raise ArgumentError(f"{target}: one of source and target lies in the other; give a directory apart.")
+    for parent in target.parents:
+        if (parent / MANIFEST_NAME).is_file():
+            raise ArgumentError(
+                f"{target}: lies in the committed step {parent.name}, which never changes; give a directory apart."
+            )
+
+
+def check_free(target: Path, *, overwrite: bool) -> None:
+    """Check that nothing has the name `target`, or that it may be replaced.
+
+    Raises:
+        ExportExistsError (a FileExistsError): it exists.
+    """
+    if os.path.lexists(target) and not overwrite:
+        raise ExportExistsError(f"{target}: exists; give another directory, or pass overwrite to replace it.")
+
+
+@contextmanager
+def _given_up(work: Work, *, after: bool = True) -> Generator[None]:
+    """Delete what was written when something is wrong that will not come right by itself, and, `after` it, in the end.
+
+    After any other error, as after a kill, the work goes on when the same conversion is begun again.
+    """
+    try:
+        yield
+    except CkptError:
+        works.remove(work)
+        raise
+    if after:
+        works.remove(work)
+
+
+@contextmanager
+def _disk(target: Path) -> Generator[None]:
+    """Say what a full disk, or one that failed, means."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}:
+            raise
+        raise ExportError(
+            f"{target}: {os.strerror(error.errno)} while it was written; nothing is left of it. Make room, or give a "
+            "directory on another disk."
+        ) from error
+
+
+def _begin(work: Work, directory: Place, target: Path, assets: Assets, settings: Settings) -> None:
+    directory = directory.absolute()
+    check_free(target, overwrite=settings.get("overwrite", False))  # now that nobody else is at it
+    dtype = settings.get("dtype")
+    plan = plan_export(
+        directory,
+        assets,
+        dtype=dtype,
+        max_shard_bytes=settings.get("max_shard_bytes", DEFAULT_SHARD_BYTES),
+        table=settings.get("table", Table()),
+    )
+    with DcpStored(directory, plan.tensors) as stored:
+        check_ties(plan, stored)
+    care = Care(settings.get("digest", True), settings.get("allow_nonfinite", False))
+    document = {
+        "directory": str(directory),
+        "care": asdict(care),
+        "architecture": plan.architecture,
+        "source": dict(settings.get("source") or {"digest": digest_bytes((directory / METADATA_NAME).read_bytes())}),
+        "rules": plan.rules,
+        "libraries": {name: version(name) for name in ("ckptflow", "safetensors", "torch", "transformers")},
+    }
+    files = {CONFIG_NAME: _config_bytes(assets, plan, dtype), **assets.files}
+    if len(plan.shards) > 1:
+        files[INDEX_NAME] = index_bytes(plan)
+    works.begin(work, document, shards_of(plan, directory), files)
+
+
+def _finish(work: Work, target: Path, *, overwrite: bool) -> None:
+    plan, weights = work.plan, work.records()
+    statistics = {name: tensor for record in weights.values() for name, tensor in record.pop("tensors", {}).items()}
+    document = {
+        "format_version": FORMAT_VERSION,
+        "architecture": plan["architecture"],
+        "source": plan["source"],
+        "files": dict(sorted({**plan["files"], **weights}.items())),
+        "rules": plan["rules"],
+        "libraries": plan["libraries"],
+        "statistics": dict(sorted(statistics.items())),
+    }
+    work.finish(target, (EXPORT_NAME, (json.dumps(document, indent=1) + "\n").encode()), overwrite=overwrite)
+
+
+def _config_bytes(assets: Assets, plan: Plan, dtype: str | None) -> bytes:
+    floating = [o.dtype for o in plan.outputs if "float" in o.dtype]
+    commonest = max(set(floating), key=floating.count) if floating else None
+    kept = {name: value for name, value in assets.config.items() if name != "torch_dtype"}  # the old name of dtype
+    config = {**kept, "architectures": [plan.architecture], "dtype": dtype or commonest}
+    return (json.dumps(dict(sorted(config.items())), indent=2) + "\n").encode()
+
+
+def _ignore(_done: int, _total: int) -> None:
+    """Tell nobody of bytes that were written."""
