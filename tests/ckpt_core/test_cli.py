@@ -244,7 +244,7 @@ def test_convert_makes_an_export(ckpt: Run, place: Path, tmp_path: Path) -> None
     assert "rule: tied: lm_head.weight is model.embed_tokens.weight" in out
     planned = json.loads(ckpt("convert", step_of(place), tmp_path / "one", "--plan", "--json")[1])
     assert planned["tensors"]["model.norm.weight"]["sources"] == ["model.model.norm.weight"]
-    assert planned["reads_bytes"] == planned["bytes"] == sum(planned["shards_bytes"].values()) > 0
+    assert planned["reads_bytes"] > planned["bytes"] == sum(planned["shards_bytes"].values())  # tied ones, to compare
     assert list(tmp_path.iterdir()) == []
     status, out, _ = ckpt("convert", step_of(place), tmp_path / "one")
     assert (status, out.startswith(f"{tmp_path / 'one'}: LlamaForCausalLM, ")) == (0, True)

@@ -1,5 +1,6 @@
 """`verify` says of any checkpoint or export what was checked, and why what failed did."""
 
+import hashlib
 import io
 import json
 import os
@@ -20,7 +21,7 @@ from upath import UPath
 
 from ckpt_core import PyTorchCheckpoint, open_checkpoint
 from ckpt_core.errors import ArgumentError, NotACheckpointError
-from ckpt_core.export import EXPORT_NAME, convert_checkpoint, sha256_of
+from ckpt_core.export import EXPORT_NAME, convert_checkpoint
 from ckpt_core.format.index import METADATA_NAME, TWIN_NAME, read_index
 from ckpt_core.format.manifest import MANIFEST_NAME
 from ckpt_core.format.source import LocalSource
@@ -460,7 +461,7 @@ class TestExport:
         record["files"][path.name] = {
             **record["files"][path.name],
             "bytes": path.stat().st_size,
-            "sha256": sha256_of(path),
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         }
         (export / EXPORT_NAME).write_text(json.dumps(record))
 
