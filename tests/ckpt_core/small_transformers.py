@@ -16,6 +16,8 @@ from transformers import (
     ClapConfig,
     ClapModel,
     CLIPVisionConfig,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     EncodecConfig,
     Gemma3Config,
     Gemma3ForCausalLM,
@@ -33,6 +35,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     ResNetConfig,
     ResNetForImageClassification,
     SiglipVisionConfig,
@@ -51,6 +55,7 @@ from ckpt_core.native_checkpoint import save_checkpoint
 _LAYERS = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 _WORDS = {"vocab_size": 40, "max_position_embeddings": 33}
 _TEXT = {**_LAYERS, **_WORDS, "num_key_value_heads": 2}
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 8}
 _IMAGE = {**_LAYERS, "image_size": 16, "patch_size": 8}
 _BARK = {"block_size": 9, "vocab_size": 40, "output_vocab_size": 40, "num_layers": 1, "num_heads": 2, "hidden_size": 16}
 
@@ -117,12 +122,24 @@ MODELS: dict[str, tuple[type[PreTrainedModel], Any]] = {
             ),
         ),
     ),
+    "mixtral": (MixtralForCausalLM, MixtralConfig(**_TEXT, num_local_experts=3)),
+    "qwen3 moe": (
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig(**_TEXT, **_EXPERTS, head_dim=8, num_experts=3, mlp_only_layers=[0]),
+    ),
+    "deepseek v3": (
+        DeepseekV3ForCausalLM,
+        DeepseekV3Config(
+            **_TEXT, **_EXPERTS, n_routed_experts=4, n_shared_experts=1, n_group=2, topk_group=1,
+            first_k_dense_replace=1, kv_lora_rank=8, q_lora_rank=8, v_head_dim=8, qk_rope_head_dim=4,
+            qk_nope_head_dim=8,
+        ),
+    ),
 }  # fmt: skip
-FUSED = (MixtralForCausalLM, MixtralConfig(**_TEXT, num_local_experts=2))
 
 
 def model_of(name: str, seed: int = 0) -> PreTrainedModel:
-    """Return a model with random weights, in which no two floating-point tensors hold the same."""
+    """Return a model with random weights: no two floating-point tensors hold the same, and no counter is 0."""
     cls, config = MODELS[name]
     torch.manual_seed(seed)
     model = cls(copy.deepcopy(config))
@@ -130,6 +147,8 @@ def model_of(name: str, seed: int = 0) -> PreTrainedModel:
         for tensor in dict.fromkeys(model.state_dict(keep_vars=True).values()):
             if tensor.is_floating_point():
                 tensor.add_(torch.rand_like(tensor))
+            elif tensor.dim() == 0:
+                tensor.add_(7)
     return model
 
 

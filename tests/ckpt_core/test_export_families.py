@@ -1,5 +1,7 @@
 """Exports of real architectures, whoever saved them: names, dtypes, shapes and bytes are those of save_pretrained."""
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from small_models import assert_same
 from small_transformers import MODELS, checkpoint_of, model_of, read_json, save_pretrained
 from transformers import PreTrainedModel
 
-from ckpt_core import io
+from ckpt_core import errors, io
 from ckpt_core.export import Assets, Export, convert, plan_export
 from ckpt_core.export.assets import read_assets, write_configs
 
@@ -21,9 +23,9 @@ FLOAT, BRAIN = "float32", "bfloat16"
 
 JOBS: dict[Mesh, list[tuple[str, str]]] = {
     (1,): [("llama", FLOAT), ("gemma3", BRAIN), ("clap", FLOAT)],
-    (2,): [(name, FLOAT) for name in MODELS] + [(name, BRAIN) for name in ("gpt2", "resnet", "whisper", "llava")],
-    (3,): [("gpt2", FLOAT), ("t5", BRAIN), ("clap", FLOAT), ("llava", FLOAT)],
-    (2, 2): [("llama", FLOAT), ("gemma3", BRAIN), ("whisper", FLOAT)],
+    (2,): [(name, FLOAT) for name in MODELS] + [(name, BRAIN) for name in ("gpt2", "resnet", "whisper", "mixtral")],
+    (3,): [("gpt2", FLOAT), ("t5", BRAIN), ("clap", FLOAT), ("llava", FLOAT), ("deepseek v3", BRAIN)],
+    (2, 2): [("llama", FLOAT), ("gemma3", BRAIN), ("whisper", FLOAT), ("mixtral", FLOAT), ("qwen3 moe", BRAIN)],
 }
 """What is saved on each mesh: nothing has a number of rows that three ranks share evenly, and few that two do."""
 
@@ -37,7 +39,8 @@ def assets_of(model: PreTrainedModel, directory: Path) -> Assets:
 
 def assert_same_export(found: Path, expected: Path) -> None:
     """Assert that weights are equal byte for byte, and JSON files value for value."""
-    assert_same(load_file(found / WEIGHTS), load_file(expected / WEIGHTS))
+    ours, theirs = (dict(sorted(load_file(directory / WEIGHTS).items())) for directory in (found, expected))
+    assert_same(ours, theirs)
     assert (found / WEIGHTS).read_bytes() == (expected / WEIGHTS).read_bytes()
     for file in expected.glob("*.json"):
         assert read_json(found / file.name) == read_json(file), file.name
@@ -87,6 +90,7 @@ class TestCasts:
         ("name", "dtype", "kept"),
         [
             ("t5", "float16", ["decoder.block.0.layer.2.DenseReluDense.wo.weight"]),
+            ("deepseek v3", "bfloat16", ["model.layers.1.mlp.gate.e_score_correction_bias"]),
             ("resnet", "bfloat16", ["resnet.embedder.embedder.normalization.num_batches_tracked"]),
             ("bark", "float16", ["semantic.layers.0.attn.bias"]),
             ("clap", "float16", ["text_model.embeddings.position_ids"]),
@@ -125,3 +129,87 @@ def test_whatever_is_not_floating_point_stays(tmp_path: Path, stored: torch.dtyp
     kept = {name: tensor for name, tensor in state.items() if tensor.dtype == stored}
     assert {tensor.dim() for tensor in kept.values()} == {0, 2}
     assert_same({name: found[name] for name in kept}, kept)
+
+
+def _fully_sharded(name: str) -> str:
+    """Return a name as FSDP's first version leaves it, around the model and around each layer."""
+    return "_fsdp_wrapped_module." + re.sub(r"(?<=\.)([0-9]+)\.", r"\1._fsdp_wrapped_module.", name)
+
+
+WRAPPERS: dict[str, Callable[[str], str]] = {
+    "compiled": lambda name: f"_orig_mod.{name}",
+    "data parallel": lambda name: f"module.{name}",
+    "of a trainer": lambda name: f"model.{name}",
+    "fully sharded": _fully_sharded,
+    "all of them": lambda name: f"state.model.module.{_fully_sharded(name)}",
+}
+
+
+class TestNames:
+    """What wrappers put into names, beside prefixes and numbers that are the architecture's own."""
+
+    @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "gemma3 with images", "bark", "mixtral"])
+    def test_wrappers_leave_no_trace(self, tmp_path: Path, name: str) -> None:
+        """Whatever stood in front of names or within them, the export is the same."""
+        model = model_of(name)
+        _, assets = checkpoint_of(model, tmp_path / "saved")
+        expected = save_pretrained(model, tmp_path / "expected")
+        for wrapper, rename in WRAPPERS.items():
+            dcp = tmp_path / wrapper / "dcp"
+            io.save({rename(tensor): value for tensor, value in model.state_dict().items()}, dcp)
+            assert_same_export(convert(dcp, tmp_path / wrapper / "export", assets=assets).path, expected)
+
+
+class TestRows:
+    """Embeddings with more rows than there are tokens, or fewer."""
+
+    @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5", "gemma3 with images", "whisper"])
+    def test_padding_is_left_out(self, tmp_path: Path, name: str) -> None:
+        """Rows beyond the config's vocabulary, of weights and biases, tied or not, are trimmed and reported."""
+        model = model_of(name)
+        _, assets = checkpoint_of(model, tmp_path / "saved")
+        state = model.state_dict()
+        padded = {n: torch.cat([t, torch.ones(8, *t.shape[1:])]) for n, t in state.items() if t.shape[:1] == (40,)}
+        io.save({"model": {**state, **padded}}, tmp_path / "dcp")
+        export = convert(tmp_path / "dcp", tmp_path / "export", assets=assets)
+        assert_same_export(export.path, save_pretrained(model, tmp_path / "expected"))
+        assert any("from 48 rows to the config's 40" in rule for rule in export.rules)
+
+    @pytest.mark.parametrize("rows", [0, 39])
+    def test_missing_ones_are_refused(self, tmp_path: Path, rows: int) -> None:
+        """An embedding of no rows, or of too few, is a MismatchError, though the tied one has them all."""
+        model = model_of("llama tied")
+        _, assets = checkpoint_of(model, tmp_path / "saved")
+        state = {**model.state_dict(), "model.embed_tokens.weight": torch.ones(rows, 16)}
+        io.save({"model": state}, tmp_path / "dcp")
+        with pytest.raises(errors.MismatchError, match=r"embed_tokens\.weight"):
+            convert(tmp_path / "dcp", tmp_path / "export", assets=assets)
+        assert not (tmp_path / "export").exists()
+
+
+class TestExperts:
+    """Experts, fused in memory and apart in files."""
+
+    @pytest.mark.parametrize("name", ["mixtral", "qwen3 moe", "deepseek v3"])
+    def test_missing_ones_are_refused(self, tmp_path: Path, name: str) -> None:
+        """A checkpoint that lacks all experts of a layer, or one of them, is a MismatchError that names the tensor."""
+        model = model_of(name)
+        _, assets = checkpoint_of(model, tmp_path / "saved")
+        state = model.state_dict()
+        fused = "model.layers.1.mlp.experts.down_proj"
+        without = {tensor: value for tensor, value in state.items() if tensor != fused}
+        for number, changed in enumerate((without, {**state, fused: state[fused][:-1]})):
+            io.save({"model": changed}, tmp_path / f"dcp{number}")
+            with pytest.raises(errors.MismatchError, match=re.escape(fused)):
+                convert(tmp_path / f"dcp{number}", tmp_path / "export", assets=assets)
+            assert not (tmp_path / "export").exists()
+
+    @pytest.mark.parametrize("name", ["mixtral", "qwen3 moe", "deepseek v3"])
+    def test_they_are_apart_in_files(self, tmp_path: Path, name: str) -> None:
+        """Each expert's matrix has a name of its own in the export, which the plan says beforehand."""
+        model = model_of(name)
+        directory, assets = checkpoint_of(model, tmp_path / "saved")
+        planned = {output.name: output.shape for output in plan_export(directory, assets).outputs}
+        expected = load_file(save_pretrained(model, tmp_path / "expected") / WEIGHTS)
+        assert planned == {tensor: tuple(value.shape) for tensor, value in expected.items()}
+        assert len(planned) > len(model.state_dict())
