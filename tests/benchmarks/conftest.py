@@ -55,6 +55,13 @@ def memory() -> Iterator[Path]:
         yield Path(directory)
 
 
+@pytest.fixture(scope="module")
+def memory_root() -> Iterator[Path]:
+    """A directory in memory-backed storage for all tests of a module."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="bench-") as directory:
+        yield Path(directory)
+
+
 @pytest.fixture
 def disk(tmp_path: Path) -> Path:
     """A directory on a disk."""
@@ -126,6 +133,12 @@ class Race:
 def race(benchmark: BenchmarkFixture, measuring: bool) -> Race:
     """What measures."""
     return Race(benchmark, 5 if measuring else 1)
+
+
+@pytest.fixture
+def few(benchmark: BenchmarkFixture, measuring: bool) -> Race:
+    """What measures where the baseline takes long."""
+    return Race(benchmark, 2 if measuring else 1)
 
 
 @pytest.fixture

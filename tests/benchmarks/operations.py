@@ -9,11 +9,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from conversion import meta_llama
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, zeros
 
-from ckpt_core import PyTorchCheckpoint
+from ckpt_core import PyTorchCheckpoint, io
 from ckpt_core.async_save import AsyncSaver
 from ckpt_core.native_checkpoint import ModelState, load_checkpoint, save_checkpoint
 
@@ -51,6 +52,15 @@ class State:
     def store_save(self, store: Path, step: int) -> None:
         """Commit a step to a store: with CRC32s, and a digest of each file."""
         PyTorchCheckpoint(self.model).save(store, step=step)
+
+    def save_llama(self, config: Path, directory: Path) -> None:
+        """Save random parameters of a Llama, of which each rank has some rows."""
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        generator = torch.Generator().manual_seed(self._rank)
+        state = {name: zeros(t.shape, device_mesh=mesh, placements=[Shard(0)]) for name, t in _llama(config).items()}
+        for tensor in state.values():
+            tensor.to_local().normal_(generator=generator)
+        io.save({"model": state}, directory)
 
     def plain_write(self, directory: Path) -> None:
         """Write the same bytes to a file, and flush it to the device."""
@@ -128,6 +138,10 @@ class _Matrices(nn.Module):
             part = torch.empty(count, WIDTH).normal_(generator=generator)
             whole = DTensor.from_local(part, mesh, [Shard(0)])
             self.register_parameter(f"matrix_{number:03d}", nn.Parameter(whole))
+
+
+def _llama(config: Path) -> dict[str, torch.Tensor]:
+    return dict(meta_llama(config).state_dict())
 
 
 def _anonymous() -> int:
