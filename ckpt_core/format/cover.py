@@ -17,15 +17,42 @@ _PRIME = (1 << 61) - 1
 def gap_or_overlap(shape: Shape, boxes: Sequence[Box]) -> str | None:
     """Return what is wrong with the boxes, or None if they cover each element of `shape` exactly once."""
     for offsets, sizes in boxes:
-        fits = len(offsets) == len(sizes) == len(shape)
-        if not fits or any(o + s > n for o, s, n in zip(offsets, sizes, shape, strict=True)):
+        if not _fits(shape, offsets, sizes):
             return f"a chunk at {offsets} of size {sizes} is outside the shape {shape}"
     stored, expected = sum(math.prod(sizes) for _, sizes in boxes), math.prod(shape)
     if stored != expected:
         return f"the chunks hold {stored} elements, the shape {shape} has {expected}"
-    if not _covers_once(shape, boxes):
+    if not (_in_a_row(shape, boxes) or _covers_once(shape, boxes)):
         return f"chunks overlap, so that others are missing from the shape {shape}"
     return None
+
+
+def _fits(shape: Shape, offsets: Shape, sizes: Shape) -> bool:
+    if not len(offsets) == len(sizes) == len(shape):
+        return False
+    for offset, size, whole in zip(offsets, sizes, shape, strict=True):  # noqa: SIM110 - a generator takes twice as long
+        if offset + size > whole:
+            return False
+    return True
+
+
+def _in_a_row(shape: Shape, boxes: Sequence[Box]) -> bool:
+    """Whether the boxes cut the shape along one dimension and follow each other there, as most do."""
+    if not shape:
+        return False
+    cut = next((d for _, sizes in boxes for d, size in enumerate(sizes) if size != shape[d]), 0)
+    before, after = slice(cut), slice(cut + 1, None)
+    whole = (shape[before], shape[after])
+    starts = tuple((0,) * len(sides) for sides in whole)
+    for offsets, sizes in boxes:
+        if (sizes[before], sizes[after]) != whole or (offsets[before], offsets[after]) != starts:
+            return False
+    end = 0
+    for offset, size in sorted([(offsets[cut], sizes[cut]) for offsets, sizes in boxes]):
+        if offset != end:
+            return False
+        end += size
+    return end == shape[cut]
 
 
 def _covers_once(shape: Shape, boxes: Sequence[Box]) -> bool:

@@ -6,14 +6,17 @@ A DCP directory tells this in `.metadata`, a pickle. A checkpoint of ours has th
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import reprlib
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from ckpt_core.durable import file_size
 from ckpt_core.errors import CkptError, DamagedError, NotACheckpointError
@@ -34,8 +37,7 @@ Keys = tuple[str | int, ...]
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """`length` bytes from `offset` of `file`, whose path is relative to the DCP directory."""
 
     file: str
@@ -43,8 +45,7 @@ class Span:
     length: int
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """A box of one tensor: `sizes` elements from `offsets` in each dimension, stored in `span`."""
 
     offsets: Shape
@@ -102,7 +103,8 @@ def read_index(directory: str | Place) -> Index:
         )
     path, read = (twin, _twin_document) if twin.exists() else (pickled, stock.read_document)
     try:
-        return _index(read(_read(path), str(path)))
+        with _uncollected():
+            return _index(read(_read(path), str(path)))
     except CkptError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
@@ -155,6 +157,18 @@ def _read(path: Place) -> bytes:
     return path.read_bytes()
 
 
+@contextmanager
+def _uncollected() -> Generator[None]:
+    """Keep the collector of cycles from searching millions of new objects, again and again; they form none."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def _twin_document(data: bytes, _: str) -> dict[str, Any]:
     document = cast("dict[str, Any]", json.loads(data))
     version = document.get("format_version")
@@ -165,9 +179,10 @@ def _twin_document(data: bytes, _: str) -> dict[str, Any]:
 
 def _index(document: dict[str, Any]) -> Index:
     """Check every type, number and name in the metadata, and that nothing overlaps or is left out."""
+    files = _Files()
     index = Index(
-        tensors=_each(document["tensors"], _tensor),
-        values=_each(document["values"], lambda _, value: _span(*value)),
+        tensors=_each(document["tensors"], lambda name, entry: _tensor(name, entry, files)),
+        values=_each(document["values"], lambda _, value: _span(files, *value)),
         paths=_each(document["paths"], _keys),
     )
     both = index.tensors.keys() & index.values.keys()
@@ -188,20 +203,24 @@ def _each(items: Any, read: Callable[[str, Any], T]) -> dict[str, T]:
     return result
 
 
-def _tensor(name: str, entry: Any) -> TensorEntry:
+def _tensor(name: str, entry: Any, files: _Files) -> TensorEntry:
     dtype, shape = entry["dtype"], _shape(entry["shape"])
     if type(dtype) is not str or dtype not in dtypes.ITEMSIZE:
         raise ValueError(f"{_brief(name)} has dtype {_brief(dtype)}, which is none that this library reads")
     if math.prod(size or 1 for size in shape) >= _MAX:
         raise ValueError(f"{_brief(name)} has shape {shape}, more than there can be")
-    chunks = tuple(Chunk(_shape(offsets), _shape(sizes), _span(*span)) for offsets, sizes, *span in entry["chunks"])
-    wrong = gap_or_overlap(shape, [(chunk.offsets, chunk.sizes) for chunk in chunks])
+    chunks = tuple(
+        Chunk(_shape(offsets), _shape(sizes), _span(files, file, offset, length))
+        for offsets, sizes, file, offset, length in entry["chunks"]
+    )
+    wrong = gap_or_overlap(shape, [(offsets, sizes) for offsets, sizes, _ in chunks])
     if wrong:
         raise ValueError(f"{_brief(name)}: {wrong}; the save was not complete")
-    for chunk in chunks:
-        needed = math.prod(chunk.sizes) * dtypes.ITEMSIZE[dtype]
-        if needed > chunk.span.length:
-            raise ValueError(f"{_brief(name)} has a chunk of {needed} bytes in {chunk.span}, which is shorter")
+    itemsize = dtypes.ITEMSIZE[dtype]
+    for _, sizes, span in chunks:
+        needed = math.prod(sizes) * itemsize
+        if needed > span.length:
+            raise ValueError(f"{_brief(name)} has a chunk of {needed} bytes in {span}, which is shorter")
     return TensorEntry(dtype, shape, chunks)
 
 
@@ -209,18 +228,28 @@ def _shape(value: Any) -> Shape:
     if not isinstance(value, (list, tuple)) or len(cast("list[Any]", value)) > MAX_RANK:
         raise ValueError(f"{_brief(value)}: no shape")
     numbers = tuple(cast("list[Any]", value))
-    if not all(type(n) is int and 0 <= n < _MAX for n in numbers):
-        raise ValueError(f"{_brief(value)}: no shape")
+    for n in numbers:
+        if type(n) is not int or not 0 <= n < _MAX:
+            raise ValueError(f"{_brief(numbers)}: no shape")
     return numbers
 
 
-def _span(file: Any, offset: Any, length: Any) -> Span:
-    plain = isinstance(file, str) and file not in {"", ".", ".."} and file.isprintable() and not set("/\\") & set(file)
-    if not plain:
-        raise ValueError(f"something lies in {_brief(file)}, expected the plain name of a file in that directory")
+class _Files(dict[str, str]):
+    """Names of files, each checked when it is first asked for, and one string for all that lies in the file."""
+
+    def __missing__(self, file: str) -> str:
+        if file in {"", ".", ".."} or not file.isprintable() or set("/\\") & set(file):
+            raise ValueError(f"something lies in {_brief(file)}, expected the plain name of a file in that directory")
+        self[file] = file
+        return file
+
+
+def _span(files: _Files, file: Any, offset: Any, length: Any) -> Span:
+    if type(file) is not str:
+        raise ValueError(f"something lies in {_brief(file)}, expected the name of a file in that directory")
     if type(offset) is not int or type(length) is not int or not 0 <= offset < _MAX or not 0 < length < _MAX:
         raise ValueError(f"something lies at {_brief(offset)}+{_brief(length)} of {_brief(file)}: no range of bytes")
-    return Span(file, offset, length)
+    return Span(files[file], offset, length)
 
 
 def _keys(name: str, value: Any) -> Keys:
@@ -231,10 +260,14 @@ def _keys(name: str, value: Any) -> Keys:
 
 
 def _check_apart(index: Index) -> None:
-    spans = sorted((span.file, span.offset, span.length) for span in index.spans())
-    for (file, offset, length), (following, start, _) in pairwise(spans):
-        if file == following and start < offset + length:
-            raise ValueError(f"two items share bytes of {file}, from {start}")
+    spans: defaultdict[str, list[Span]] = defaultdict(list)
+    for span in index.spans():
+        spans[span.file].append(span)
+    for file, inside in spans.items():
+        inside.sort()
+        for (_, offset, length), (_, start, _) in pairwise(inside):
+            if start < offset + length:
+                raise ValueError(f"two items share bytes of {file}, from {start}")
 
 
 def _brief(value: Any) -> str:

@@ -2,12 +2,15 @@
 
 Every global resolves to a stand-in from a fixed table, or is refused. Keys of dicts are plain, memo and strings are
 no larger than the file, so that no input makes it hang or use more memory than a small multiple of its size.
+
+`pickle.Unpickler` promises none of the latter, whatever its `find_class`: it would hash a key of 2 ** 64 atoms for
+ever, and make room for a memo or for bytes as large as a number in the file says.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 from ckpt_core.errors import DamagedError, UntrustedError
@@ -17,6 +20,8 @@ Table = Mapping[tuple[str, str], Any]
 
 class Record:
     """Stands in for a class: takes any state, runs nothing."""
+
+    __slots__ = ("args", "state")
 
     def __init__(self, *args: Any) -> None:
         self.args = args
@@ -36,7 +41,7 @@ class Record:
 
 def record(name: str) -> type[Record]:
     """Make a stand-in class called `name`."""
-    return type(name, (Record,), {})
+    return type(name, (Record,), {"__slots__": ()})
 
 
 def constant(value: Any) -> Callable[..., Any]:
@@ -75,9 +80,14 @@ def loads(data: bytes, table: Table, where: str) -> Any:
         ) from None
 
 
-_STOP = ord(".")
-_SPENT_PER_BYTE = 8
 _U16, _I32, _U32, _U64, _F64 = (struct.Struct(code) for code in ("<H", "<i", "<I", "<Q", ">d"))
+_ARGUMENTS_PER_BYTE = 8
+_BUILD = ord("b")
+_NEW = b"\x81\x94}\x94("
+"""NEWOBJ MEMOIZE EMPTY_DICT MEMOIZE MARK: what follows the EMPTY_TUPLE of each object with attributes."""
+
+_CALL = b"\x94\x85\x94R\x94"
+"""MEMOIZE TUPLE1 MEMOIZE REDUCE MEMOIZE: what follows the tuple of each `torch.Size`."""
 
 
 class _Machine:
@@ -86,20 +96,90 @@ class _Machine:
         self.position = 0
         self.stack: list[Any] = []
         self.marks: list[int] = []
-        self.memo: dict[int, Any] = {}
-        self.spent = 0
+        self.memo: list[Any] | _SparseMemo = []
+        self.arguments = 0
 
-    def run(self) -> Any:
-        data, operations = self.data, _OPERATIONS
+    def run(self) -> Any:  # noqa: C901, PLR0912, PLR0915 - one loop: a call for each opcode would take minutes
+        """Run the opcodes: here those that each chunk in metadata needs, some in groups; in the table the others."""
+        data, stack, marks, memo = self.data, self.stack, self.marks, self.memo
+        push, i32, u32 = stack.append, _I32.unpack_from, _U32.unpack_from
+        position = 0
         while True:
-            code = data[self.position]
-            self.position += 1
-            if code == _STOP:
-                return self.stack.pop()
-            operation = operations.get(code)
-            if operation is None:
-                raise ValueError(f"opcode {bytes([code])!r}, which checkpoints are not made of")
-            operation(self)
+            code = data[position]
+            position += 1
+            match code:
+                case 0x6A:  # LONG_BINGET
+                    push(memo[u32(data, position)[0]])
+                    position += 4
+                case 0x68:  # BINGET
+                    push(memo[data[position]])
+                    position += 1
+                case 0x4B:  # BININT1
+                    push(data[position])
+                    position += 1
+                case 0x94:  # MEMOIZE
+                    memo.append(stack[-1])
+                case 0x29:  # EMPTY_TUPLE
+                    if data.startswith(_NEW, position) and isinstance(stack[-1], type):
+                        instance = stack[-1] = stack[-1]()
+                        state: dict[Any, Any] = {}
+                        push(state)
+                        memo.extend((instance, state))
+                        marks.append(len(stack))
+                        position += len(_NEW)
+                    else:
+                        push(())
+                case 0x75 | 0x73:  # SETITEMS, SETITEM
+                    start = marks.pop() if code == 0x75 else len(stack) - 2  # noqa: PLR2004 - named in the line above
+                    items = iter(stack[start:])
+                    if (len(stack) - start) % 2:
+                        raise ValueError("a key without a value")
+                    del stack[start:]
+                    target = stack[-1]
+                    if type(target) is not dict:
+                        raise TypeError("items for what is no dict")
+                    for key in items:
+                        if type(key) is not str and not is_key(key):
+                            raise TypeError(f"a dict with a {type(key).__name__} for a key")
+                        target[key] = next(items)
+                    if data[position] == _BUILD and isinstance(owner := stack[-2], Record):
+                        stack.pop()
+                        owner.state = target
+                        position += 1
+                case 0x62:  # BUILD
+                    self.build()
+                case 0x4D:  # BININT2
+                    push(data[position] | data[position + 1] << 8)
+                    position += 2
+                case 0x85 | 0x86:  # TUPLE1, TUPLE2
+                    last = stack.pop()
+                    items = (last,) if code == 0x85 else (stack.pop(), last)  # noqa: PLR2004 - named two lines above
+                    if data.startswith(_CALL, position) and callable(stack[-1]):
+                        value = stack[-1] = stack[-1](items)
+                        memo.extend((items, (items,), value))
+                        position += len(_CALL)
+                    else:
+                        push(items)
+                case 0x4A:  # BININT
+                    push(i32(data, position)[0])
+                    position += 4
+                case 0x8C:  # SHORT_BINUNICODE
+                    start = position + 1
+                    position = start + data[position]
+                    push(_text(data[start:position], position - start))
+                case 0x7D:  # EMPTY_DICT
+                    push({})
+                case 0x28:  # MARK
+                    marks.append(len(stack))
+                case 0x2E:  # STOP
+                    return stack.pop()
+                case _:
+                    self.position = position
+                    operation = _OPERATIONS.get(code)
+                    if operation is None:
+                        raise ValueError(f"opcode {bytes([code])!r}, which checkpoints are not made of")
+                    operation(self)
+                    position, memo = self.position, self.memo
 
     def take(self, length: int) -> bytes:
         start, self.position = self.position, self.position + length
@@ -119,7 +199,16 @@ class _Machine:
         return text
 
     def text(self, length: int) -> str:
-        return self.take(length).decode("utf-8", "surrogatepass")
+        return _text(self.take(length), length)
+
+    def memoize(self, number: int) -> None:
+        memo = self.memo
+        if number == len(memo):
+            memo.append(self.stack[-1])
+            return
+        if number > len(memo) and isinstance(memo, list):
+            self.memo = memo = _SparseMemo(enumerate(memo))
+        memo[number] = self.stack[-1]
 
     def since_mark(self) -> list[Any]:
         start = self.marks.pop()
@@ -136,15 +225,6 @@ class _Machine:
                 "a file is made of; nothing was run. Do not load this file with pickle or torch.load."
             ) from None
 
-    def put(self, items: list[Any]) -> None:
-        target: Any = self.stack[-1]
-        if type(target) is not dict:
-            raise TypeError("items for what is no dict")
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            if not is_key(key):
-                raise TypeError(f"a dict with a {type(key).__name__} for a key")
-            target[key] = value
-
     def extend(self, items: list[Any]) -> None:
         target: Any = self.stack[-1]
         if type(target) is not list:
@@ -152,14 +232,15 @@ class _Machine:
         cast("list[Any]", target).extend(items)
 
     def call(self) -> None:
-        arguments, function = self.stack.pop(), self.stack.pop()
+        arguments, function = self.stack.pop(), self.stack[-1]
         if type(arguments) is not tuple or not callable(function):
             raise TypeError("a call of what is no function")
-        items = cast("tuple[Any, ...]", arguments)
-        self.spent += 1 + sum(len(cast("Any", i)) for i in items if isinstance(i, (list, tuple, dict, str, bytes)))
-        if self.spent > _SPENT_PER_BYTE * len(self.data):  # each call may copy what it is given
-            raise ValueError("calls with more than the pickle has bytes")
-        self.stack.append(function(*cast("tuple[Any, ...]", arguments)))
+        arguments = cast("tuple[Any, ...]", arguments)
+        if len(arguments) > 1:  # a call may copy them, and they may be in the file once for many calls
+            self.arguments += len(arguments)
+            if self.arguments > _ARGUMENTS_PER_BYTE * len(self.data):
+                raise ValueError("calls with more than the pickle has bytes")
+        self.stack[-1] = function(*arguments)
 
     def build(self) -> None:
         state, instance = self.stack.pop(), self.stack[-1]
@@ -169,21 +250,37 @@ class _Machine:
             raise TypeError(f"a state for a {type(instance).__name__}")
 
     def tuple_of(self, count: int) -> None:
-        if len(self.stack) < count:
+        stack = self.stack
+        if len(stack) < count:
             raise IndexError("the stack is empty")
-        items = tuple(self.stack[-count:])
-        del self.stack[-count:]
-        self.stack.append(items)
+        stack[-count:] = [tuple(stack[-count:])]
+
+
+class _SparseMemo(dict[int, Any]):
+    """A memo whose numbers leave some out; what is added has the number of those before it, as in pickle."""
+
+    def append(self, value: Any) -> None:
+        self[len(self)] = value
+
+    def extend(self, values: Iterable[Any]) -> None:
+        for value in values:
+            self.append(value)
 
 
 def is_key(key: Any) -> bool:
     """Whether a key can be hashed, and quickly: tuples of tuples may stand for more items than there are atoms."""
-    if isinstance(key, tuple):
-        return all(type(item) in _PLAIN for item in cast("tuple[Any, ...]", key))
+    if type(key) is tuple:
+        return _PLAIN.issuperset(map(type, cast("tuple[Any, ...]", key)))
     return type(key) in _PLAIN or isinstance(key, Record)
 
 
-_PLAIN = {str, int, float, bool, type(None)}
+_PLAIN: set[type] = {str, int, float, bool, type(None)}
+
+
+def _text(data: bytes, length: int) -> str:
+    if len(data) < length:
+        raise ValueError(f"a text of {length} bytes, of which the pickle has {len(data)}")
+    return data.decode("utf-8", "surrogatepass")
 
 
 def _push(make: Callable[[_Machine], Any]) -> Callable[[_Machine], None]:
@@ -200,13 +297,6 @@ def _global_from_stack(machine: _Machine) -> Any:
     return machine.find(module, name)
 
 
-def _memoize(index: Callable[[_Machine], int]) -> Callable[[_Machine], None]:
-    def operation(machine: _Machine) -> None:
-        machine.memo[index(machine)] = machine.stack[-1]
-
-    return operation
-
-
 def _byte(machine: _Machine) -> int:
     return machine.take(1)[0]
 
@@ -214,39 +304,24 @@ def _byte(machine: _Machine) -> int:
 _CODES: dict[str, Callable[[_Machine], object]] = {
     "\x80": lambda m: m.take(1),  # protocol
     "\x95": lambda m: m.take(8),  # frame
-    "(": lambda m: m.marks.append(len(m.stack)),
     "N": _push(lambda _: None),
     "\x88": _push(lambda _: True),
     "\x89": _push(lambda _: False),
-    "J": _push(lambda m: m.number(_I32)),
-    "K": _push(_byte),
-    "M": _push(lambda m: m.number(_U16)),
     "\x8a": _push(lambda m: int.from_bytes(m.take(_byte(m)), "little", signed=True)),
     "G": _push(lambda m: m.number(_F64)),
     "X": _push(lambda m: m.text(m.number(_U32))),
-    "\x8c": _push(lambda m: m.text(_byte(m))),
     "\x8d": _push(lambda m: m.text(m.number(_U64))),
     "]": _push(lambda _: []),
-    "}": _push(lambda _: {}),
-    ")": _push(lambda _: ()),
     "t": _push(lambda m: tuple(m.since_mark())),
-    "\x85": lambda m: m.tuple_of(1),
-    "\x86": lambda m: m.tuple_of(2),
     "\x87": lambda m: m.tuple_of(3),
-    "a": lambda m: m.extend([m.stack.pop()]),
-    "e": lambda m: m.extend(m.since_mark()),
-    "s": lambda m: m.put([m.stack.pop(-2), m.stack.pop()]),
-    "u": lambda m: m.put(m.since_mark()),
-    "c": _push(lambda m: m.find(m.line(), m.line())),
-    "\x93": _push(_global_from_stack),
     "R": lambda m: m.call(),
     "\x81": lambda m: m.call(),  # cls.__new__(cls, *args)
-    "b": lambda m: m.build(),
+    "a": lambda m: m.extend([m.stack.pop()]),
+    "e": lambda m: m.extend(m.since_mark()),
+    "c": _push(lambda m: m.find(m.line(), m.line())),
+    "\x93": _push(_global_from_stack),
     "Q": lambda _: None,  # a persistent id stands for itself
-    "q": _memoize(_byte),
-    "r": _memoize(lambda m: m.number(_U32)),
-    "\x94": _memoize(lambda m: len(m.memo)),
-    "h": _push(lambda m: m.memo[_byte(m)]),
-    "j": _push(lambda m: m.memo[m.number(_U32)]),
+    "q": lambda m: m.memoize(_byte(m)),
+    "r": lambda m: m.memoize(m.number(_U32)),
 }
 _OPERATIONS = {ord(code): operation for code, operation in _CODES.items()}

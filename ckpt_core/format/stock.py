@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections import defaultdict
+from typing import Any, cast
 
 from ckpt_core.format import dtypes, pickles
 
+_Stored = tuple[Any, Any, Any]
 _METADATA = "torch.distributed.checkpoint.metadata"
 _TensorStorage = pickles.record("TensorStorageMetadata")
 _BytesStorage = pickles.record("BytesStorageMetadata")
 
 
-def _size(*args: Any) -> tuple[Any, ...]:
-    return tuple(args[0]) if args else ()
+def _size(numbers: Any = ()) -> tuple[Any, ...]:
+    if type(numbers) is not tuple:
+        raise TypeError("a size that is no tuple")
+    return cast("tuple[Any, ...]", numbers)
 
 
 _GLOBALS: pickles.Table = {
@@ -47,40 +51,38 @@ def read_document(data: bytes, where: str) -> dict[str, Any]:
     if not (version is None or (type(version) is str and version.startswith("1."))):
         said = version[:40] if type(version) is str else type(version).__name__
         raise ValueError(f"DCP metadata of version {said!r}, this library reads 1; update ckptflow")
-    spans = _spans(metadata.field("storage_data"))
+    stored = _stored(metadata.field("storage_data"))
     tensors: dict[str, Any] = {}
     values: dict[str, Any] = {}
     for name, item in metadata.field("state_dict_metadata").items():
         if isinstance(item, _TensorStorage):
-            tensors[name] = _tensor(name, item, spans)
+            tensors[name] = _tensor(item, stored[name])
         elif isinstance(item, _BytesStorage):
-            values[name] = spans[name, None]
+            values[name] = stored[name][None]
         else:
             raise TypeError(f"{name} is neither a tensor nor a value")
     return {"tensors": tensors, "values": values, "paths": metadata.state.get("planner_data") or {}}
 
 
-def _spans(storage_data: Any) -> dict[tuple[Any, Any], tuple[Any, Any, Any]]:
-    """Return file, offset and length by name and offsets."""
-    spans: dict[tuple[Any, Any], tuple[Any, Any, Any]] = {}
+def _stored(storage_data: Any) -> defaultdict[str, dict[Any, _Stored]]:
+    """Return file, offset and length of each item: by name, then by offsets."""
+    stored: defaultdict[str, dict[Any, _Stored]] = defaultdict(dict)
     for key, info in storage_data.items():
-        name, offsets = _hashable(key.field("fqn")), _hashable(key.state.get("offset"))
-        if info.state.get("transform_descriptors"):
-            raise ValueError(f"{str(name)[:200]} is stored through transforms, which this library does not read")
-        spans[name, offsets] = (info.field("relative_path"), info.field("offset"), info.field("length"))
-    return spans
+        index, place = key.state, info.state
+        name, offsets = index["fqn"], index.get("offset")
+        if type(name) is not str or not pickles.is_key(offsets):
+            raise TypeError(f"a {type(name).__name__} for a name, a {type(offsets).__name__} for offsets")
+        if place.get("transform_descriptors"):
+            raise ValueError(f"{name[:200]} is stored through transforms, which this library does not read")
+        stored[name][offsets] = place["relative_path"], place["offset"], place["length"]
+    return stored
 
 
-def _tensor(name: str, item: pickles.Record, spans: dict[tuple[Any, Any], tuple[Any, Any, Any]]) -> dict[str, Any]:
-    chunks = [(chunk.field("offsets"), chunk.field("sizes")) for chunk in item.field("chunks")]
-    return {
-        "dtype": item.field("properties").state[0],
-        "shape": item.field("size"),
-        "chunks": [(offsets, sizes, *spans[name, _hashable(offsets)]) for offsets, sizes in chunks],
-    }
-
-
-def _hashable(key: Any) -> Any:
-    if not pickles.is_key(key):
-        raise TypeError(f"a {type(key).__name__} for a name or for offsets")
-    return key
+def _tensor(item: pickles.Record, stored: dict[Any, _Stored]) -> dict[str, Any]:
+    chunks: list[tuple[Any, ...]] = []
+    for chunk in item.field("chunks"):
+        offsets = chunk.state["offsets"]
+        if not pickles.is_key(offsets):
+            raise TypeError(f"a {type(offsets).__name__} for offsets")
+        chunks.append((offsets, chunk.state["sizes"], *stored[offsets]))
+    return {"dtype": item.field("properties").state[0], "shape": item.field("size"), "chunks": chunks}
