@@ -12,8 +12,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
-from ckpt_core.errors import ArgumentError, CkptError, ExportError, ExportExistsError, NotACheckpointError
+from ckpt_core.errors import (
+    ArgumentError,
+    CkptError,
+    ExportError,
+    ExportExistsError,
+    MismatchError,
+    NotACheckpointError,
+)
 from ckpt_core.export import work as works
+from ckpt_core.export.adapter import find_adapter, has_adapter
+from ckpt_core.export.adapter_config import ADAPTER_CONFIG_NAME, adapter_config, adapter_files
+from ckpt_core.export.adapter_plan import ADAPTER_WEIGHTS_NAME, plan_adapter, plan_merged
 from ckpt_core.export.architecture import find_architecture
 from ckpt_core.export.assets import CONFIG_NAME, EXPORT_NAME, Assets, read_assets
 from ckpt_core.export.names import Table
@@ -88,6 +98,7 @@ class Settings(TypedDict, total=False):
         allow_nonfinite: accept NaN and Inf.
         digest: False leaves out all that looks at every byte: CRC32, sha256, NaN and Inf, statistics.
         table: what is to be known of the checkpoint's names.
+        merge_adapter: add a LoRA adapter to the weights, instead of exporting it as an adapter.
         source: what `export.json` says of the source; by default the digest of the DCP metadata.
         workers: how many files are written at once.
         progress: is told the bytes written so far, and those to write.
@@ -99,6 +110,7 @@ class Settings(TypedDict, total=False):
     allow_nonfinite: bool
     digest: bool
     table: Table
+    merge_adapter: bool
     source: Mapping[str, Any]
     workers: int | None
     progress: Progress | None
@@ -132,8 +144,10 @@ def finish_conversion(target: Path, *, overwrite: bool = False) -> Export:
         ExportExistsError (a FileExistsError): `target` exists.
     """
     work = works.work_on(local_path(target))
-    with works.held(work), _given_up(work), _disk(target):
-        _finish(work, local_path(target), overwrite=overwrite)
+    with works.held(work):
+        work.check_done()
+        with _given_up(work), _disk(target):
+            _finish(work, local_path(target), overwrite=overwrite)
     return read_export(local_path(target))
 
 
@@ -151,17 +165,25 @@ def plan_export(
     dtype: str | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     table: Table = Table(),  # noqa: B008 - frozen
+    merge_adapter: bool = False,
 ) -> Plan:
     """Return what `convert` would write; reads metadata alone.
 
     Raises:
         CheckpointError: the checkpoint is damaged, hostile, or does not fit the config.
     """
-    index = read_index(directory)
+    index, where = read_index(directory), str(directory)
+    if has_adapter(index, table):
+        adapter = find_adapter(index, adapter_config(assets, where), table, where)
+        if not merge_adapter:
+            return plan_adapter(index, adapter, dtype=dtype, where=where)
+        return plan_merged(
+            index, adapter, assets.config, dtype=dtype, max_shard_bytes=max_shard_bytes, table=table, where=where
+        )
+    if merge_adapter:
+        raise MismatchError(f"{where}: holds no LoRA adapter to merge; convert without merge_adapter.")
     architecture = find_architecture(assets.config, index)
-    return make_plan(
-        index, architecture, dtype=dtype, max_shard_bytes=max_shard_bytes, table=table, where=str(directory)
-    )
+    return make_plan(index, architecture, dtype=dtype, max_shard_bytes=max_shard_bytes, table=table, where=where)
 
 
 def model_of(checkpoint: Checkpoint) -> Place:
@@ -262,6 +284,7 @@ def _begin(work: Work, directory: Place, target: Path, assets: Assets, settings:
         dtype=dtype,
         max_shard_bytes=settings.get("max_shard_bytes", DEFAULT_SHARD_BYTES),
         table=settings.get("table", Table()),
+        merge_adapter=settings.get("merge_adapter", False),
     )
     with DcpStored(directory, plan.tensors) as stored:
         check_ties(plan, stored)
@@ -274,7 +297,7 @@ def _begin(work: Work, directory: Place, target: Path, assets: Assets, settings:
         "rules": plan.rules,
         "libraries": {name: version(name) for name in ("ckptflow", "safetensors", "torch", "transformers")},
     }
-    files = {CONFIG_NAME: _config_bytes(assets, plan, dtype), **assets.files}
+    files = _small_files(assets, plan, dtype)
     if len(plan.shards) > 1:
         files[INDEX_NAME] = index_bytes(plan)
     works.begin(work, document, shards_of(plan, directory), files)
@@ -293,6 +316,15 @@ def _finish(work: Work, target: Path, *, overwrite: bool) -> None:
         "statistics": dict(sorted(statistics.items())),
     }
     work.finish(target, (EXPORT_NAME, (json.dumps(document, indent=1) + "\n").encode()), overwrite=overwrite)
+
+
+def _small_files(assets: Assets, plan: Plan, dtype: str | None) -> dict[str, bytes]:
+    """Return the export's files beside weights; a merged model has no adapter any more."""
+    if ADAPTER_WEIGHTS_NAME in plan.shards:
+        return adapter_files(assets)
+    merged = any(output.update for output in plan.outputs)
+    others = {name: data for name, data in assets.files.items() if not (merged and name == ADAPTER_CONFIG_NAME)}
+    return {CONFIG_NAME: _config_bytes(assets, plan, dtype), **others}
 
 
 def _config_bytes(assets: Assets, plan: Plan, dtype: str | None) -> bytes:

@@ -90,6 +90,16 @@ class Work:
             finally:
                 pool.shutdown(cancel_futures=True)
 
+    def check_done(self) -> None:
+        """Check that nothing is left to do.
+
+        Raises:
+            CommitError: a file is still to be written, or nothing was begun.
+        """
+        left = self.undone
+        if left:
+            raise CommitError(f"{self.root}: {len(left)} files are still to be written, such as {left[0]}.")
+
     def records(self) -> dict[str, dict[str, Any]]:
         """Return what is to be known of each file of weights.
 
