@@ -25,8 +25,10 @@ MODEL_LEVELS = (
 )  # fmt: skip
 """Where frameworks put the model's DCP directory below the directory that a user knows."""
 
-OTHER_COMPONENTS = ("optim.", "optimizer.", "sched.", "scheduler.", "lr_scheduler.", "dataloader.", "train_state.")
-"""What the names of all that frameworks keep beside a model in one DCP directory begin with."""
+OTHER_COMPONENTS = (
+    "optim.", "optimizer.", "optimizer_", "sched.", "scheduler.", "lr_scheduler.", "dataloader.", "train_state.",
+)  # fmt: skip
+"""What the names of all that frameworks keep beside a model in one DCP directory begin with; Lightning numbers them."""
 
 
 def find_dcp(path: Place) -> Place:

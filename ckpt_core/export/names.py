@@ -101,8 +101,9 @@ def resolve(
         for name in alternatives
         if best.prefix + name in best.names
     }
-    _check_leftovers(kept, best, found, model, where)
+    beside = _beside(kept, best, found, model, where)
     dropped = [f"dropped: {name}, by the table of names" for name in names if table.drops(name)]
+    dropped += [f"dropped: {len(beside)} entries that are not the model's, such as {beside[0]}"] if beside else []
     return Resolved(found, (*_rules(found, best.prefix, table), *dropped))
 
 
@@ -160,15 +161,23 @@ def _lacks(
     )
 
 
-def _check_leftovers(stored: Sequence[str], best: _Attempt, found: Mapping[str, str], model: str, where: str) -> None:
+def _beside(stored: Sequence[str], best: _Attempt, found: Mapping[str, str], model: str, where: str) -> list[str]:
+    """Return what frameworks keep beside a model, such as its optimizer.
+
+    Raises:
+        MismatchError: something else is left over.
+    """
     used = set(found.values())
     read_as = {name: new for new, name in best.names.items()}
-    leftovers = [name for name in stored if name not in used and not _is_other(read_as[name])]
+    above = best.prefix[: best.prefix[:-1].rfind(".") + 1]  # `app.model.` stands beside `app.optimizer.`
+    left = [name for name in stored if name not in used]
+    leftovers = [name for name in left if not _is_other(read_as[name].removeprefix(above))]
     if leftovers:
         raise MismatchError(
             f"{where}: holds {len(leftovers)} tensors that {model} does not have, such as "
             f"{', '.join(leftovers[:3])}; give the config that it was trained with, or drop them by a table of names."
         )
+    return left
 
 
 def _is_other(name: str) -> bool:

@@ -391,6 +391,23 @@ class TestSources:
         expected = convert(llama[0], tmp_path / "expected", assets=llama[1])
         assert (export.path / WEIGHTS).read_bytes() == (expected.path / WEIGHTS).read_bytes()
 
+    @pytest.mark.parametrize(
+        ("model", "optimizer"),
+        [("app.model.", "app.optimizer."), ("model.", "optimizer_0."), ("", "optim."), ("state_dict.", "optimizer.")],
+        ids=["torch's tutorial", "Lightning", "torchtitan", "a state dict"],
+    )
+    def test_what_stands_beside_a_model_is_left(
+        self, tmp_path: Path, llama: tuple[Path, Assets], model: str, optimizer: str
+    ) -> None:
+        """An optimizer in the same directory is no leftover, wherever frameworks put it."""
+        state = {model + name: tensor for name, tensor in model_of("llama").state_dict().items()}
+        io.save({**state, f"{optimizer}state.lm_head.weight.exp_avg": torch.zeros(40, 16)}, tmp_path / "dcp")
+        export = convert(tmp_path / "dcp", tmp_path / "export", assets=llama[1])
+        expected = convert(llama[0], tmp_path / "expected", assets=llama[1])
+        assert (export.path / WEIGHTS).read_bytes() == (expected.path / WEIGHTS).read_bytes()
+        said = f"dropped: 1 entries that are not the model's, such as {optimizer}state.lm_head.weight.exp_avg"
+        assert said in export.rules
+
     def test_without_architectures_the_class_that_fits_is_taken(self, tmp_path: Path) -> None:
         """A config without `architectures` gives a causal LM, a sequence-to-sequence model or a base model."""
         torch.manual_seed(0)
