@@ -1,4 +1,4 @@
-"""`ckpt`: look at checkpoints, verify, convert, publish and prune them, from a shell.
+"""`ckpt`: look at checkpoints, verify, convert, import, publish and prune them, from a shell.
 
 Each command takes `--json` for one JSON object on standard output. Exit status: 0 good, 1 the thing is bad, 2 misuse.
 """
@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from ckpt_core.cli import exports, look, stores
+from ckpt_core.cli import exports, imports, look, stores
 from ckpt_core.cli.command import Answer, Commands
 from ckpt_core.errors import ArgumentError, CkptError
 
@@ -49,6 +49,6 @@ def _fail(error: Exception, options: argparse.Namespace, status: int) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ckpt", description="Look at, verify, convert and publish checkpoints.")
     commands = Commands(parser)
-    for group in (look, stores, exports):
+    for group in (look, stores, exports, imports):
         group.add_commands(commands)
     return parser

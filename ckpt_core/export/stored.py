@@ -95,11 +95,17 @@ class DcpStored(_Files):
 
 
 class HfStored(_Files):
-    """The tensors of a Hugging Face directory: each one box of one file, in row-major order, without a CRC32."""
+    """The tensors of a Hugging Face directory: each one box of one file, in row-major order, without a CRC32.
 
-    def __init__(self, weights: HfWeights) -> None:
+    Args:
+        weights: what the directory holds.
+        layouts: shapes in which recipes see tensors, where those are not the tensors' own.
+    """
+
+    def __init__(self, weights: HfWeights, layouts: Mapping[str, Shape] | None = None) -> None:
         super().__init__(weights.place)
         self._tensors = weights.tensors
+        self._layouts = layouts or {}
 
     def __enter__(self) -> HfStored:
         return self
@@ -107,7 +113,7 @@ class HfStored(_Files):
     def boxes(self, name: str) -> list[Box]:
         """Return the tensor as one box."""
         file, tensor = self._tensors[name]
-        shape = tensor.shape or (1,)
+        shape = self._layouts.get(name) or tensor.shape or (1,)
         return [Box((0,) * len(shape), shape, file)]
 
     def payload(self, name: str, number: int) -> Payload:  # noqa: ARG002 - there is only one

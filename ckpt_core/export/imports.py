@@ -1,0 +1,219 @@
+"""Hugging Face safetensors to DCP, to start a run from: planned from headers, streamed, complete or not there.
+
+.importing-<target>/
+checkpoint/      becomes the target, by one rename:
+    .metadata, .metadata.json, __0_<n>.distcp     a stock DCP directory, of the model under the key `model`
+    assets/                                       config.json, generation_config.json, tokenizer files
+
+What a killed import leaves there, the next one to the same target deletes.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING
+
+from ckpt_core import durable
+from ckpt_core.errors import ArgumentError, DamagedError, ExportExistsError, MismatchError, StepExistsError
+from ckpt_core.export import work as works
+from ckpt_core.export.assets import CONFIG_NAME, Assets, read_assets
+from ckpt_core.export.chunks import Part, files_of, write_chunks, write_metadata
+from ckpt_core.export.conversion import (
+    _disk,  # pyright: ignore[reportPrivateUsage] - a full disk means the same both ways
+    check_free,
+    check_target,
+)
+from ckpt_core.export.intake import Intake, plan_intake
+from ckpt_core.export.names import Table
+from ckpt_core.export.recipe import copy_of
+from ckpt_core.export.shard import Identity, identity_of
+from ckpt_core.export.stored import HfStored
+from ckpt_core.export.stream import blocks
+from ckpt_core.export.work import Progress, Work
+from ckpt_core.format.index import Span
+from ckpt_core.hf_weights import HfWeights, read_weights
+from ckpt_core.state import MODEL_KEY
+from ckpt_core.urls import local_path
+from ckpt_core.workers import count_workers
+
+if TYPE_CHECKING:
+    from ckpt_core.urls import Place
+
+ASSETS_NAME = "assets"
+DEFAULT_FILE_BYTES = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Import:
+    """A DCP checkpoint that was made of a Hugging Face directory."""
+
+    path: Path
+    architecture: str
+    tensors: int
+    """How many there are, tied ones under each name."""
+
+    nbytes: int
+    """Size of all tensors in bytes."""
+
+    rules: tuple[str, ...]
+    """The named rules that were applied, for people."""
+
+
+def import_hf(
+    source: Place,
+    target: Path,
+    *,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    allow_nonfinite: bool = False,
+    max_file_bytes: int = DEFAULT_FILE_BYTES,
+    table: Table = Table(),  # noqa: B008 - frozen
+    trust_remote_code: bool = False,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Import:
+    """Make a DCP checkpoint of a Hugging Face directory, streamed, as `save_checkpoint` of the model would.
+
+    Args:
+        source: the directory, local or a URL's: one safetensors file, or several with an index; and config.json.
+        target: the DCP directory to make; it appears whole or not at all.
+        dtype: cast floating-point tensors to this (`bfloat16`, say); None keeps them bit for bit.
+        overwrite: replace the target if it exists.
+        allow_nonfinite: accept NaN and Inf.
+        max_file_bytes: largest size of one file's tensors.
+        table: what is to be known of the source's names.
+        trust_remote_code: take a model that brings code along; none of it is run.
+        workers: how many files are written at once; None means one a core.
+        progress: is told the bytes written so far, and those to write.
+
+    Raises:
+        ExportExistsError (a FileExistsError): `target` exists.
+        ArgumentError: one of source and target lies in the other, or `max_file_bytes` is not positive.
+        CheckpointError: the source is damaged, hostile, or does not fit its config; nothing is left at `target`.
+        ExportError (an OSError): the disk is full, or failed.
+    """
+    if max_file_bytes <= 0:
+        raise ArgumentError(f"max_file_bytes={max_file_bytes}: expected a positive number of bytes.")
+    target, weights = local_path(target), read_weights(source)
+    check_target(weights.place, target, overwrite=overwrite)
+    assets = read_assets(weights.place, trust_remote_code=trust_remote_code)
+    identities = {file: identity_of(weights.place / file) for file in weights.files}
+    intake = plan_intake(weights, assets.config, dtype=dtype, table=table)
+    work = Work(target.with_name(f".importing-{target.name}"))
+    with works.held(work), _disk(target):
+        check_free(target, overwrite=overwrite)  # now that nobody else is at it
+        try:
+            works.clear(work)
+            made = work.root / "checkpoint"
+            _write_assets(made / ASSETS_NAME, assets, intake, dtype)
+            _check_twins(weights, intake)
+            files = files_of(intake.outputs, max_file_bytes)
+            care = _Writing(weights, intake, made, allow_nonfinite, progress or _ignore)
+            spans = care.write_all(files, workers or count_workers(remote=not isinstance(weights.place, Path)))
+            write_metadata(made, _by_name(files, spans), MODEL_KEY)
+            _check_unchanged(weights, identities)
+            _finish(work, made, target, overwrite=overwrite)
+        finally:
+            works.remove(work)
+    return Import(target, intake.architecture, len(intake.outputs), intake.nbytes, intake.rules)
+
+
+class _Writing:
+    """The files of a checkpoint, written several at once."""
+
+    def __init__(
+        self, weights: HfWeights, intake: Intake, directory: Path, allow_nonfinite: bool, progress: Progress
+    ) -> None:
+        self._weights, self._layouts, self._directory = weights, intake.layouts, directory
+        self._allow_nonfinite = allow_nonfinite
+        self._progress, self._total, self._done, self._lock = progress, intake.nbytes, 0, Lock()
+
+    def write_all(self, files: Mapping[str, list[Part]], workers: int) -> dict[str, list[Span]]:
+        """Write all files until one fails; return where the chunks of each lie."""
+        self._progress(0, self._total)
+        with ThreadPoolExecutor(workers, thread_name_prefix="ckpt-import") as pool:
+            futures = {name: pool.submit(self._write, name, parts) for name, parts in files.items()}
+            try:
+                return {name: future.result() for name, future in futures.items()}
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _write(self, name: str, parts: list[Part]) -> list[Span]:
+        with HfStored(self._weights, self._layouts) as stored:
+            path, allow = self._directory / name, self._allow_nonfinite
+            return write_chunks(path, parts, stored, allow_nonfinite=allow, written=self._add)
+
+    def _add(self, nbytes: int) -> None:
+        with self._lock:
+            self._done += nbytes
+            self._progress(self._done, self._total)
+
+
+def _write_assets(directory: Path, assets: Assets, intake: Intake, dtype: str | None) -> None:
+    directory.mkdir(parents=True)
+    config = {**assets.config, "architectures": [intake.architecture]}
+    if dtype:
+        config = {name: value for name, value in config.items() if name != "torch_dtype"}  # the old name of dtype
+        config["dtype"] = dtype
+    durable.write_new(directory / CONFIG_NAME, (json.dumps(dict(sorted(config.items())), indent=2) + "\n").encode())
+    for name, data in assets.files.items():
+        durable.write_new(directory / name, data)
+
+
+def _check_twins(weights: HfWeights, intake: Intake) -> None:
+    """Compare tensors that the config ties, and that are stored under several names all the same, bit for bit.
+
+    Raises:
+        MismatchError: they differ.
+    """
+    tensors = weights.tensors
+    with HfStored(weights) as stored:
+        for twin, kept in intake.twins:
+            (_, one), (_, other) = tensors[twin], tensors[kept]
+            flows = (blocks(stored, copy_of(name, one.shape), str(one.dtype)) for name in (twin, kept))
+            if one.code != other.code or not all((a == b).all() for a, b in zip(*flows, strict=True)):
+                raise MismatchError(
+                    f"{weights.place}: {twin} and {kept} differ, and the config ties them; set tie_word_embeddings "
+                    "to false in the config if they were trained apart."
+                )
+
+
+def _by_name(files: Mapping[str, list[Part]], spans: Mapping[str, list[Span]]) -> dict[str, list[tuple[Part, Span]]]:
+    """Return the chunks of each tensor."""
+    found: dict[str, list[tuple[Part, Span]]] = {}
+    for file, parts in files.items():
+        for part, span in zip(parts, spans[file], strict=True):
+            found.setdefault(part.output.name, []).append((part, span))
+    return found
+
+
+def _check_unchanged(weights: HfWeights, identities: Mapping[str, Identity]) -> None:
+    for file, identity in identities.items():
+        if identity_of(weights.place / file) != identity:
+            raise DamagedError(
+                f"{weights.place / file}: changed while it was imported; nothing was kept. Import again when nobody "
+                "writes there."
+            )
+
+
+def _finish(work: Work, made: Path, target: Path, *, overwrite: bool) -> None:
+    """Give the checkpoint its name."""
+    durable.sync_tree(made)
+    if overwrite:
+        with suppress(FileNotFoundError):
+            target.rename(work.root / f"replaced-{uuid.uuid4().hex}")
+    try:
+        durable.rename_new(made, target)
+    except StepExistsError:
+        raise ExportExistsError(f"{target}: appeared while its content was being written; it was left alone.") from None
+
+
+def _ignore(_done: int, _total: int) -> None:
+    """Tell nobody of bytes that were written."""

@@ -1,0 +1,492 @@
+"""Hugging Face directories made into DCP checkpoints: those that save_checkpoint of the model makes, or an error."""
+
+import json
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from gloo_ranks import run_ranks, values
+from object_stores import s3_server  # noqa: F401 - a fixture
+from safetensors.torch import load_file, save_file
+from small_models import assert_same
+from small_transformers import MODELS, model_of, read_json, save_pretrained, tokenizer
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
+from tracing import CHANGING, can_trace, kill_everywhere
+from transformers import BertModel, GPT2Model, LlamaModel, PreTrainedModel
+
+from ckpt_core import cli, errors, io
+from ckpt_core.export import chunks, convert
+from ckpt_core.export.assets import read_assets
+from ckpt_core.export.imports import import_hf
+from ckpt_core.export.names import Table
+from ckpt_core.format.index import read_index
+from ckpt_core.native_checkpoint import load_checkpoint, save_checkpoint
+from ckpt_core.urls import place_of
+from ckpt_core.verify import verify
+
+WEIGHTS = "model.safetensors"
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return what save_pretrained of a small Llama and of a tokenizer wrote."""
+    directory = save_pretrained(model_of("llama"), tmp_path_factory.mktemp("llama") / "hf")
+    tokenizer().save_pretrained(directory)
+    return directory
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Return the bytes of each file below a directory."""
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def state_of(directory: Path) -> Tensors:
+    """Return the model's state that a DCP directory holds."""
+    return io.read_state(directory)["model"]
+
+
+def copy_with(source: Path, target: Path, change: Callable[[Tensors], Any] = id, **config: Any) -> Path:
+    """Write a Hugging Face directory with other tensors, or another config; fields of None are left out of it."""
+    target.mkdir(parents=True)
+    state = load_file(source / WEIGHTS)
+    change(state)
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, target / WEIGHTS)
+    fields = {**read_json(source / "config.json"), **config}
+    (target / "config.json").write_text(
+        json.dumps({name: value for name, value in fields.items() if value is not None})
+    )
+    return target
+
+
+def refused(kind: type[Exception], text: str, source: Path, target: Path, **options: Any) -> None:
+    """Assert that an import is refused, and that nothing is left, hidden or not."""
+    with pytest.raises(kind, match=text):
+        import_hf(source, target, **options)
+    assert not target.parent.exists() or list(target.parent.iterdir()) == []
+
+
+class TestWhatIsMade:
+    """The checkpoint that save_checkpoint of the loaded model would make."""
+
+    @pytest.mark.parametrize("name", MODELS)
+    def test_there_and_back(self, tmp_path: Path, name: str) -> None:
+        """Every family loads bit for bit, has the names of a saved model, and converts back to equal files."""
+        model = model_of(name)
+        source = save_pretrained(model, tmp_path / "hf")
+        made = import_hf(source, tmp_path / "dcp")
+        other = model_of(name, seed=1)
+        load_checkpoint(other, str(made.path))
+        assert_same(dict(other.state_dict()), dict(model.state_dict()))
+        save_checkpoint(model, str(tmp_path / "saved"))
+        found, expected = read_index(made.path), read_index(tmp_path / "saved")
+        assert list(found.paths.items()) == list(expected.paths.items())
+        assert [*found.tensors] == [*expected.tensors]
+        assert (made.tensors, made.nbytes) == (len(expected.tensors), expected.nbytes)
+        export = convert(made.path, tmp_path / "back", assets=read_assets(made.path / "assets"))
+        assert export.architecture == made.architecture == type(model).__name__
+        back = contents(export.path)
+        del back["export.json"]
+        assert back == contents(source)
+
+    def test_of_several_files(self, tmp_path: Path) -> None:
+        """An index of several files of bfloat16 becomes several files of at most the size that was asked for."""
+        model = model_of("mixtral").bfloat16()
+        source = save_pretrained(model, tmp_path / "hf", max_shard_size=4000)
+        assert len(list(source.glob("*.safetensors"))) > 3
+        made = import_hf(source, tmp_path / "dcp", max_file_bytes=5000)
+        assert_same(state_of(made.path), dict(model.state_dict()))
+        files = sorted(path.name for path in made.path.glob("*.distcp"))
+        assert files == sorted(f"__0_{number}.distcp" for number in range(len(files)))
+        assert len(files) > 3
+        back = convert(made.path, tmp_path / "back", assets=read_assets(made.path / "assets"))
+        whole = save_pretrained(model, tmp_path / "whole")
+        assert (back.path / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+
+    @pytest.mark.parametrize("name", ["mixtral", "gpt2", "clap", "llava"])
+    def test_large_tensors_are_several_chunks(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        """A tensor above the limit is cut along its first axes, each chunk with its own CRC32, and reads the same."""
+        monkeypatch.setattr(chunks, "CHUNK_BYTES", 200)
+        model = model_of(name)
+        made = import_hf(save_pretrained(model, tmp_path / "hf"), tmp_path / "dcp")
+        assert_same(state_of(made.path), dict(model.state_dict()))
+        sizes = [
+            chunk.sizes
+            for entry in read_index(made.path).tensors.values()
+            if len(entry.chunks) > 1
+            for chunk in entry.chunks
+        ]
+        assert max(torch.Size(size).numel() * 4 for size in sizes) <= 200
+        assert verify(made.path).passed
+        damaged = bytearray((made.path / "__0_0.distcp").read_bytes())
+        place = damaged.index(next(t for t in model.state_dict().values() if t.dim() > 1).numpy().tobytes()[:16])
+        damaged[place] ^= 1
+        (made.path / "__0_0.distcp").write_bytes(damaged)
+        with pytest.raises(errors.DamagedError, match="CRC32"):
+            load_checkpoint(model_of(name, seed=1), str(made.path))
+
+    def test_a_directory_that_stock_torch_reads(self, tmp_path: Path, llama: Path) -> None:
+        """Metadata, its twin, one file and the assets; the pickle and the JSON say the same."""
+        made = import_hf(llama, tmp_path / "dcp")
+        names = {".metadata", ".metadata.json", "__0_0.distcp", "assets"}
+        assert {path.name for path in made.path.iterdir()} == names
+        twin = read_index(made.path)
+        (made.path / ".metadata.json").unlink()
+        assert read_index(made.path) == twin
+        assert contents(made.path / "assets") == {n: d for n, d in contents(llama).items() if n != WEIGHTS}
+
+    def test_two_ranks_load_it(self, tmp_path: Path) -> None:
+        """Two ranks, with FSDP2 and with plain dcp.load into DTensors, get what one process has."""
+        source = save_pretrained(model_of("llama tied"), tmp_path / "hf")
+        made = import_hf(source, tmp_path / "dcp")
+        for state in values(run_ranks(2, load_in_rank, str(made.path))):
+            assert_same(state, dict(model_of("llama tied").state_dict()))
+
+    def test_from_an_object_store(self, tmp_path: Path, llama: Path, s3_server: Any) -> None:  # noqa: F811 - the fixture
+        """A URL gives the checkpoint that the same directory gives."""
+        place = place_of(s3_server.new_bucket()) / "models" / "llama"
+        for name, data in contents(llama).items():
+            (place / name).write_bytes(data)
+        made = import_hf(place, tmp_path / "far")
+        assert contents(made.path) == contents(import_hf(llama, tmp_path / "near").path)
+
+    def test_progress_adds_up(self, tmp_path: Path, llama: Path) -> None:
+        """The bytes that are told are those of all tensors."""
+        told: list[tuple[int, int]] = []
+        made = import_hf(llama, tmp_path / "dcp", progress=lambda *said: told.append(said))
+        assert (told[0], told[-1]) == ((0, made.nbytes), (made.nbytes, made.nbytes))
+        assert told == sorted(told)
+
+    @pytest.mark.parametrize(("name", "dtype"), [("llama tied", "bfloat16"), ("t5", "float16"), ("clap", "bfloat16")])
+    def test_a_cast_is_that_of_from_pretrained(self, tmp_path: Path, name: str, dtype: str) -> None:
+        """A cast gives what from_pretrained gives in that dtype: integers stay, and what has to be float32."""
+        model = model_of(name)
+        source = save_pretrained(model, tmp_path / "hf")
+        made = import_hf(source, tmp_path / "dcp", dtype=dtype)
+        expected = type(model).from_pretrained(source, dtype=getattr(torch, dtype))
+        assert_same(state_of(made.path), dict(expected.state_dict()))
+        assert read_json(made.path / "assets" / "config.json")["dtype"] == dtype
+        assert f"cast: float32 to {dtype}" in made.rules
+
+
+def load_in_rank(directory: str) -> Tensors:
+    """Load a tied Llama into FSDP2 and, by plain dcp.load, into DTensors; return its state if they agree."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = model_of("llama tied", seed=dist.get_rank() + 1)
+    state: dict[str, Any] = {n: distribute_tensor(t.clone(), mesh, [Shard(0)]) for n, t in model.state_dict().items()}
+    fully_shard(model, mesh=mesh)
+    load_checkpoint(model, directory)
+    dcp.load({"model": state}, checkpoint_id=directory)
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    divided = {name: tensor.full_tensor() for name, tensor in state.items()}
+    if dist.get_rank() == 0:
+        assert_same(dict(whole), divided)
+    return divided
+
+
+class TestNames:
+    """How the directory's names and the architecture's meet."""
+
+    def test_those_of_the_base_model(self, tmp_path: Path) -> None:
+        """Weights without the prefix that the whole model has are taken where the config ties all that they lack."""
+        model = model_of("gpt2")
+        source = save_pretrained(model, tmp_path / "hf")
+        bare = copy_with(source, tmp_path / "bare", lambda state: rename(state, r"^transformer\.", ""))
+        made = import_hf(bare, tmp_path / "dcp")
+        assert_same(state_of(made.path), dict(model.state_dict()))
+        assert "names: of 'transformer' alone, which stands in front of them in the model" in made.rules
+        assert "h.0.attn.c_attn.weight" in load_file(bare / WEIGHTS)
+
+    def test_a_prefix_that_nobody_has(self, tmp_path: Path, llama: Path) -> None:
+        """What torch's wrappers put in front of names is removed, and said."""
+        source = copy_with(llama, tmp_path / "hf", lambda state: rename(state, "^", "module."))
+        made = import_hf(source, tmp_path / "dcp")
+        assert_same(state_of(made.path), dict(model_of("llama").state_dict()))
+        assert "names: 'module.' removed from the front" in made.rules
+
+    def test_a_table(self, tmp_path: Path, llama: Path) -> None:
+        """A table of names drops and renames."""
+
+        def change(state: Tensors) -> None:
+            rename(state, r"norm\.weight$", "norm.gamma")
+            state["optimizer.step"] = torch.zeros(1)
+
+        source = copy_with(llama, tmp_path / "hf", change)
+        table = Table(rename=((re.compile(r"gamma$"), "weight"),))
+        refused(errors.MismatchError, r"optimizer\.step", source, tmp_path / "out" / "dcp", table=table)
+        made = import_hf(source, tmp_path / "dcp", table=replace(table, drop=(re.compile("^optimizer"),)))
+        assert_same(state_of(made.path), dict(model_of("llama").state_dict()))
+
+    @pytest.mark.parametrize("name", ["llama tied", "t5"])
+    def test_tied_ones(self, tmp_path: Path, name: str) -> None:
+        """Tied tensors may be stored under one name, another, or all of them, if they are equal."""
+        model = model_of(name)
+        source = save_pretrained(model, tmp_path / "hf")
+        whole = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        kept = {"llama tied": "model.embed_tokens.weight", "t5": "shared.weight"}[name]
+        for place, state in {"all": whole, "other": {n: t for n, t in whole.items() if n != kept}}.items():
+
+            def change(found: Tensors, state: Tensors = state) -> None:
+                found.clear()
+                found.update(state)
+
+            made = import_hf(copy_with(source, tmp_path / place, change), tmp_path / f"{place} dcp")
+            assert_same(state_of(made.path), dict(model.state_dict()))
+            assert f"tied: lm_head.weight is {kept}, stored under each name" in made.rules
+        apart = copy_with(source, tmp_path / "apart", lambda s: s.update(whole, **{"lm_head.weight": whole[kept] + 1}))
+        refused(errors.MismatchError, "differ, and the config ties", apart, tmp_path / "out" / "dcp")
+
+    def test_what_models_compute_is_dropped(self, tmp_path: Path) -> None:
+        """Numbers of positions, which models stored once, are left out, and said."""
+        source = save_pretrained(model_of("bert"), tmp_path / "hf")
+        positions = {"bert.embeddings.position_ids": torch.arange(33)[None]}
+        made = import_hf(copy_with(source, tmp_path / "old", lambda s: s.update(positions)), tmp_path / "dcp")
+        assert_same(state_of(made.path), dict(model_of("bert").state_dict()))
+        assert "dropped: bert.embeddings.position_ids, which BertForMaskedLM does not read" in made.rules
+
+    def test_without_architectures(self, tmp_path: Path) -> None:
+        """A config without `architectures` means the first class whose exported names fit; none is an error."""
+        config = MODELS["llama"][1], MODELS["gpt2"][1]
+        models: list[PreTrainedModel] = [
+            model_of("mixtral"),
+            model_of("t5"),
+            LlamaModel(config[0]),
+            GPT2Model(config[1]),
+        ]
+        for model in models:
+            place = tmp_path / type(model).__name__
+            source = copy_with(save_pretrained(model, place / "hf"), place / "bare", architectures=None)
+            made = import_hf(source, place / "dcp")
+            whole = "GPT2LMHeadModel" if isinstance(model, GPT2Model) else type(model).__name__
+            assert made.architecture == whole  # the head of GPT-2 is tied, so that nothing of it is missing
+            assert read_json(made.path / "assets" / "config.json")["architectures"] == [whole]
+        (model,) = [BertModel(MODELS["bert"][1])]
+        source = copy_with(
+            save_pretrained(model, tmp_path / "hf"), tmp_path / "bare", lambda s: s.popitem(), architectures=None
+        )
+        refused(errors.MismatchError, "fit none of .*BertModel", source, tmp_path / "out" / "dcp")
+
+
+def rename(state: Tensors, pattern: str, new: str) -> None:
+    """Rename tensors."""
+    renamed = {re.sub(pattern, new, name): tensor for name, tensor in state.items()}
+    state.clear()
+    state.update(renamed)
+
+
+class TestRefusals:
+    """What is not imported: each ends in a named error, with nothing written."""
+
+    @pytest.mark.parametrize(
+        ("change", "kind", "text"),
+        [
+            (lambda s: s.update(odd=torch.zeros(1)), errors.MismatchError, "1 tensors that LlamaForCausalLM .*odd"),
+            (lambda s: s.pop("model.norm.weight"), errors.MismatchError, r"lacks 1 .*model\.norm\.weight"),
+            (lambda s: s.update({"model.norm.weight": torch.ones(17)}), errors.MismatchError, r"shape \(17,\)"),
+            (lambda s: s["model.norm.weight"][3:4].fill_(float("nan")), errors.DamagedError, r"norm\.weight.*NaN"),
+            (lambda s: s["lm_head.weight"][3].fill_(-float("inf")), errors.DamagedError, r"lm_head\.weight.*Inf"),
+        ],
+        ids=["leftover", "missing", "longer", "NaN", "Inf"],
+    )
+    def test_tensors(
+        self, tmp_path: Path, llama: Path, change: Callable[[Tensors], Any], kind: type[Exception], text: str
+    ) -> None:
+        """A tensor left over, missing, of another shape, or that holds NaN or Inf, is an error that names it."""
+        refused(kind, text, copy_with(llama, tmp_path / "hf", change), tmp_path / "out" / "dcp")
+
+    def test_nan_that_is_allowed(self, tmp_path: Path, llama: Path) -> None:
+        """With allow_nonfinite NaN and Inf come over as they are."""
+        source = copy_with(llama, tmp_path / "hf", lambda s: s["model.norm.weight"][3:4].fill_(float("-inf")))
+        made = import_hf(source, tmp_path / "dcp", allow_nonfinite=True)
+        assert state_of(made.path)["model.norm.weight"][3] == float("-inf")
+
+    def test_values_that_do_not_fit_the_type(self, tmp_path: Path, llama: Path) -> None:
+        """A finite value that a cast would make Inf is refused by name."""
+        source = copy_with(llama, tmp_path / "hf", lambda s: s["model.norm.weight"][3:4].fill_(70000.0))
+        said = r"model\.norm\.weight: holds values that do not fit float16"
+        refused(errors.MismatchError, said, source, tmp_path / "out" / "dcp", dtype="float16")
+        assert import_hf(source, tmp_path / "dcp", dtype="bfloat16").tensors
+
+    def test_tensors_of_several_types_in_one(self, tmp_path: Path) -> None:
+        """Experts that are stored in two types cannot become one tensor."""
+        source = save_pretrained(model_of("mixtral"), tmp_path / "hf")
+        name = "model.layers.0.block_sparse_moe.experts.1.w2.weight"
+        mixed = copy_with(source, tmp_path / "mixed", lambda s: s.update({name: s[name].bfloat16()}))
+        refused(errors.MismatchError, "are of bfloat16, float32", mixed, tmp_path / "out" / "dcp")
+
+    def test_several_elements_to_a_byte(self, tmp_path: Path, llama: Path) -> None:
+        """Tensors of four bits are refused, with the advice to take the weights from before they were quantized."""
+        source = copy_with(llama, tmp_path / "hf")
+        data = (source / WEIGHTS).read_bytes()
+        [length] = struct.unpack("<Q", data[:8])
+        header = json.loads(data[8 : 8 + length])
+        header["model.norm.weight"] |= {"dtype": "F4", "shape": [128]}
+        text = json.dumps(header).encode()
+        (source / WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+        refused(errors.MismatchError, "of F4.*quantized", source, tmp_path / "out" / "dcp")
+
+    def test_configs(self, tmp_path: Path, llama: Path) -> None:
+        """Another architecture, other sizes, an unknown class and a class of nobody's are MismatchErrors."""
+        for number, (config, text) in enumerate(
+            (
+                ({"hidden_size": 32}, "shape"),
+                ({"num_hidden_layers": 1}, "does not have"),
+                ({"num_hidden_layers": 3}, "lacks"),
+                ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "lacks"),
+                ({"architectures": ["NoSuchModel"]}, "NoSuchModel"),
+                ({"architectures": None, "model_type": "bert"}, "fit none of"),
+                ({"model_type": "nothing"}, "nothing"),
+            )
+        ):
+            source = copy_with(llama, tmp_path / str(number), **config)
+            refused(errors.MismatchError, text, source, tmp_path / "out" / "dcp")
+        (source / "config.json").unlink()
+        refused(errors.NotACheckpointError, r"config\.json", source, tmp_path / "out" / "dcp")
+
+    def test_damaged_files(self, tmp_path: Path, llama: Path) -> None:
+        """A header that is none, a file that is cut short, one that is missing and weights as a pickle are named."""
+        source = copy_with(llama, tmp_path / "hf")
+        data = (source / WEIGHTS).read_bytes()
+        for damaged in (data[:8] + b"[" + data[9:], data[:-100], b"", b"\xff" * 8 + data[8:]):
+            (source / WEIGHTS).write_bytes(damaged)
+            refused(errors.DamagedError, "not a sound safetensors file", source, tmp_path / "out" / "dcp")
+        (source / WEIGHTS).unlink()
+        refused(errors.NotACheckpointError, r"no \.safetensors", source, tmp_path / "out" / "dcp")
+        (source / "pytorch_model.bin").write_bytes(b"")
+        refused(errors.UntrustedError, "pickle", source, tmp_path / "out" / "dcp")
+
+    def test_a_source_that_changes(self, tmp_path: Path, llama: Path) -> None:
+        """A file that is written to while it is read ends the import, with nothing left."""
+        source = copy_with(llama, tmp_path / "hf")
+
+        def touch(*_: int) -> None:
+            os.utime(source / WEIGHTS, ns=(1, 1))
+
+        refused(errors.DamagedError, "changed while", source, tmp_path / "out" / "dcp", progress=touch)
+
+    def test_targets_that_are_taken_or_inside(self, tmp_path: Path, llama: Path) -> None:
+        """An existing target stays unless it may be replaced; one inside or around the source is refused."""
+        source, target = copy_with(llama, tmp_path / "hf"), tmp_path / "out" / "dcp"
+        target.mkdir(parents=True)
+        (target / "mine").write_text("a")
+        with pytest.raises(errors.ExportExistsError):
+            import_hf(source, target)
+        assert contents(target) == {"mine": b"a"}
+        assert_same(state_of(import_hf(source, target, overwrite=True).path), dict(model_of("llama").state_dict()))
+        assert list(target.parent.iterdir()) == [target]
+        for inside in (source, source / "dcp", source.parent, source / ".." / "hf" / "x"):
+            with pytest.raises(errors.ArgumentError, match="lies in the other"):
+                import_hf(source, inside, overwrite=True)
+        for limit in (0, -1):
+            with pytest.raises(errors.ArgumentError, match="max_file_bytes"):
+                import_hf(source, tmp_path / "x", max_file_bytes=limit)
+
+
+def import_when_continued(source: str, target: str) -> None:
+    """Stop until the tracer is there, then import."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+    import_hf(Path(source), Path(target))
+
+
+@pytest.mark.skipif(not can_trace(), reason="needs strace, and the right to attach to processes")
+def test_killed_anywhere(tmp_path: Path, llama: Path) -> None:
+    """After a kill the target is whole or not there; the next import completes it, and leaves nothing else."""
+    expected = contents(import_hf(llama, tmp_path / "expected").path)
+
+    def prepare(place: Path) -> tuple[Any, ...]:
+        return import_when_continued, str(llama), str(place / "dcp")
+
+    def check(place: Path) -> None:
+        target = place / "dcp"
+        if target.exists():
+            assert contents(target) == expected
+        import_hf(llama, target, overwrite=True)
+        assert contents(target) == expected
+        assert list(place.iterdir()) == [target]
+
+    (tmp_path / "killed").mkdir()
+    kills = kill_everywhere(CHANGING, tmp_path / "killed", prepare, check, every={"write": 25, "fsync": 4, "mkdir": 2})
+    assert kills > 8
+
+
+MEASURED = """
+import sys
+from pathlib import Path
+from transformers import LlamaForCausalLM
+from ckpt_core.export.imports import import_hf
+
+def anonymous():
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
+    return int(line.split()[1]) << 10
+
+before, most = anonymous(), 0
+
+def look(done, total):
+    global most
+    most = max(most, anonymous())
+
+import_hf(Path(sys.argv[1]), Path(sys.argv[2]), progress=look)
+print(most - before)
+"""
+
+
+def test_memory_is_bounded(tmp_path: Path) -> None:
+    """300 MB, most of it in two tensors, are imported in less than 150 MB of memory."""
+    config = {**MODELS["llama"][1].to_dict(), "hidden_size": 1024, "vocab_size": 36_000, "num_hidden_layers": 1}
+    config |= {"architectures": ["LlamaForCausalLM"], "head_dim": 8}
+    with torch.device("meta"):
+        model = MODELS["llama"][0](type(MODELS["llama"][1]).from_dict(config))
+    source = tmp_path / "hf"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(config))
+    header, size = {}, 0
+    for name, tensor in model.state_dict().items():
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [size, size + tensor.nbytes]}
+        size += tensor.nbytes
+    text = json.dumps(header).encode()
+    with (source / WEIGHTS).open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + size)  # zeros that take no room
+    assert size > 295_000_000
+    command = [sys.executable, "-c", MEASURED, str(source), str(tmp_path / "dcp")]
+    done = subprocess.run(command, capture_output=True, check=True, text=True)
+    assert int(done.stdout) < 150_000_000
+    index = read_index(tmp_path / "dcp")
+    assert [len(entry.chunks) for entry in index.tensors.values()][:2] == [3, 1]
+    assert index.nbytes == size
+
+
+def test_from_the_command_line(tmp_path: Path, llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`ckpt import` says what it made, as text and as JSON; `ckpt convert` makes the same export of it again."""
+    out, back = tmp_path / "dcp", tmp_path / "back"
+    assert cli.main(["import", str(llama), str(out)]) == 0
+    assert capsys.readouterr().out.startswith(f"{out}: LlamaForCausalLM, 21 tensors, ")
+    assert cli.main(["import", str(llama), str(out)]) == 1
+    assert "pass overwrite" in capsys.readouterr().err
+    arguments = ["--overwrite", "--dtype", "bfloat16", "--max-file-size", "2KB", "--json"]
+    assert cli.main(["import", str(llama), str(out), *arguments]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["path"], facts["architecture"], facts["tensors"]) == (str(out), "LlamaForCausalLM", 21)
+    assert facts["rules"] == ["cast: float32 to bfloat16"]
+    assert facts["bytes"] == read_index(out).nbytes
+    assert facts["startup_s"] > 0
+    assert len(list(out.glob("*.distcp"))) > 1
+    assert cli.main(["import", str(llama), str(out), "--overwrite"]) == 0
+    assert cli.main(["convert", str(out), str(back), "--model", str(llama)]) == 0
+    for name in (WEIGHTS, "config.json", "generation_config.json", "tokenizer.json"):
+        assert (back / name).read_bytes() == (llama / name).read_bytes(), name
+    assert cli.main(["import", str(llama), str(llama / "x")]) == 2
