@@ -33,7 +33,7 @@ def convert(
     Args:
         checkpoint: URL or path of a committed step, <store>/<run>/step_NNNNNNNNNN; config and tokenizer are in it.
         output: the directory to make; empty means <store>/<run>/exports/<step>.
-        export: cast and file sizes.
+        export: cast, file sizes, and where the files are written: by processes of this machine, or a Dask cluster's.
         allow_nonfinite: accept NaN and Inf in the weights.
     """
     found = open_checkpoint(checkpoint)

@@ -166,6 +166,10 @@ class ExportSettings(Settings):
     max_shard_megabytes: float = Field(default=5000.0, gt=0)
     """Largest size of one safetensors file (10^6 bytes)."""
 
+    dask_address: str | None = None
+    """Scheduler of a Dask cluster whose workers write the files, say `tcp://10.0.0.5:8786`; store and export are then
+    at the same paths on all its machines. Empty means processes of this machine."""
+
 
 class HubSettings(Settings):
     """Where the release goes. The token comes from the environment (`HF_TOKEN`), never from here."""

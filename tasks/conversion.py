@@ -1,17 +1,26 @@
-"""The task that makes a Hugging Face directory of a checkpoint."""
+"""The tasks that make a Hugging Face directory of a checkpoint: planned in a child process, written file by file."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
-from prefect import task
+from prefect import task, unmapped
+from prefect.futures import as_completed
+from prefect.task_runners import TaskRunner
 
+from ckpt_core import open_checkpoint
+from ckpt_core.errors import CkptError, CommitError
 from tasks import artifacts
 from tasks.config import ExportSettings
 from tasks.launch import run_job
+from tasks.process import ChildFailedError
+from tasks.runners import task_runner
 
 
-@task(task_run_name="convert {run}")
 def convert_checkpoint(
     url: str,
     run: str,
@@ -23,10 +32,18 @@ def convert_checkpoint(
 ) -> dict[str, Any]:
     """Convert a checkpoint to sharded safetensors at `target`; one made before with equal settings is kept.
 
+    Several files are mapped on a task runner, `tasks.runners.task_runner`; a single one is written by the child
+    process that plans it. A conversion that was stopped goes on with the files that it had not finished.
+
     Returns:
         `path`, `files` (bytes and sha256 of each), `rules`, `architecture`, `reused`.
+
+    Raises:
+        CkptError: a file could not be made; nothing is left of the conversion.
+        ChildFailedError: the plan failed, or a process died.
     """
     request = {
+        "run": run,
         "url": url,
         "target": target,
         "dtype": settings.dtype,
@@ -34,6 +51,58 @@ def convert_checkpoint(
         "allow_nonfinite": allow_nonfinite,
         "trust_remote_code": trust_remote_code,
     }
-    export = run_job("convert", request)
+    runner = task_runner(settings.dask_address)
+    with open_checkpoint(url).lease():
+        begun = begin(request)
+        export = begun["export"]
+        if export is None:
+            _write_all(runner, begun["target"], begun["undone"])
+            export = finish(request)
     artifacts.export_card(run, export)
     return export
+
+
+@task(task_run_name="convert {request[run]}")
+def begin(request: dict[str, Any]) -> dict[str, Any]:
+    """Plan a conversion, and do it unless there are several files to write; see `tasks.jobs.convert`."""
+    return run_job("convert", request)
+
+
+@task(task_run_name="write {name}")
+def write_file(target: str, name: str) -> None:
+    """Write one file of a conversion that was begun, in any process on the same file system."""
+    from ckpt_core.export import convert_shard
+
+    convert_shard(Path(target), name)
+
+
+@task(task_run_name="finish export of {request[run]}")
+def finish(request: dict[str, Any]) -> dict[str, Any]:
+    """Give an export whose files are all written its name; see `tasks.jobs.finish_conversion`."""
+    return run_job("finish_conversion", request)
+
+
+def _write_all(runner: TaskRunner[Any], target: str, names: Sequence[str]) -> None:
+    """Map the files on a task runner, until one fails; the runner then drops those that it has not begun."""
+    try:
+        with runner:
+            parameters = {"target": unmapped(target), "name": names}
+            mapped = runner.map(write_file, parameters)  # pyright: ignore[reportArgumentType] - "Task" is invariant
+            for written in as_completed(mapped):
+                written.result()
+    except CkptError:
+        _abandon(target)
+        raise
+    except BrokenProcessPool as error:
+        raise ChildFailedError(
+            f"{target}: a process that wrote files of it died, perhaps because memory ran out; run again, with fewer "
+            "processes (PREFECT_TASKS_RUNNER_PROCESS_POOL_MAX_WORKERS) if so: finished files are not written again."
+        ) from error
+
+
+def _abandon(target: str) -> None:
+    """Delete what was written of a conversion, unless a cluster's worker is still at a file: the next one does then."""
+    from ckpt_core.export import abandon_conversion
+
+    with suppress(CommitError):
+        abandon_conversion(Path(target))

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from worker_support import TINY, prepare_tiny
 
 from ckpt_core import PyTorchCheckpoint
-from ckpt_core.errors import ExportExistsError
+from ckpt_core.errors import DamagedError, ExportExistsError
+from ckpt_core.export import convert_shard
 from ckpt_core.hub import child_environment
 from ckpt_core.testing.hub_server import hub_server
 from tasks import jobs
@@ -50,10 +51,15 @@ def validate(url: str, **changes: Any) -> dict[str, Any]:
     return {**result, "checks": {check["name"]: check for check in result["checks"]}}
 
 
-def convert(url: str, target: Path | str, **changes: Any) -> dict[str, Any]:
-    """Convert with the default settings, but for the changes."""
+def request_of(url: str, target: Path | str, **changes: Any) -> dict[str, Any]:
+    """Return the request to convert with the default settings, but for the changes."""
     settings = {"dtype": None, "max_shard_bytes": 10**9, "allow_nonfinite": False, "trust_remote_code": False}
-    return jobs.convert({"url": url, "target": str(target), **settings | changes})
+    return {"url": url, "target": str(target), **settings | changes}
+
+
+def convert(url: str, target: Path | str, **changes: Any) -> dict[str, Any]:
+    """Convert to a single file with the default settings, but for the changes."""
+    return jobs.convert(request_of(url, target, **changes))["export"]
 
 
 def with_nan(model: torch.nn.Module) -> None:
@@ -128,6 +134,36 @@ def test_an_export_is_made_once(commit, tmp_path):
     (target / "model.safetensors").write_bytes(b"half")
     assert not convert(url, target, dtype="bfloat16")["reused"]
     assert (target / "model.safetensors").stat().st_size > 4
+
+
+def test_several_files_are_left_to_others(commit, tmp_path):
+    """They are named, none of them again once it is written; what they make together is found again."""
+    request = request_of(commit(), tmp_path / "export", max_shard_bytes=30_000)
+    first, *others = begun = jobs.convert(request)["undone"]
+    convert_shard(tmp_path / "export", first)
+    assert jobs.convert(request) == {"target": request["target"], "undone": others, "export": None}
+    assert len(others) > 1
+    for name in others:
+        convert_shard(tmp_path / "export", name)
+    made = jobs.finish_conversion(request)
+    assert made["files"].keys() >= set(begun)
+    assert jobs.convert(request)["export"] == {**made, "reused": True}
+
+
+def test_the_last_file_is_written_at_once(commit, tmp_path):
+    """A conversion that was stopped before its last file needs no other process."""
+    request = request_of(commit(), tmp_path / "export", max_shard_bytes=30_000)
+    *others, last = jobs.convert(request)["undone"]
+    for name in others:
+        convert_shard(tmp_path / "export", name)
+    assert last in jobs.convert(request)["export"]["files"]
+
+
+def test_a_conversion_that_fails_leaves_nothing(commit, tmp_path):
+    """Neither an export nor a part of one; the error names the tensor."""
+    with pytest.raises(DamagedError, match="NaN"):
+        convert(commit(change=with_nan), tmp_path / "exports" / "export")
+    assert list((tmp_path / "exports").iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "export.json"])
