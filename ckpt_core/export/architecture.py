@@ -35,32 +35,32 @@ class Architecture:
     padded: frozenset[str]
     """Tensors with a row for each token, of which trainers keep more rows than there are tokens."""
 
-    keep_float32: tuple[str, ...]
-    """Parts of names whose tensors stay float32 when the rest is cast to float16."""
+    unsaved: frozenset[str]
+    """Tensors of the state dict that transformers does not store, as the model computes them."""
 
-    keep_float32_always: tuple[str, ...]
-    """Parts of names whose tensors stay float32 under any cast."""
-
-    def keeps_float32(self, name: str, dtype: str) -> bool:
-        """Whether the architecture wants this tensor left in float32 when weights are cast to `dtype`."""
-        parts = self.keep_float32_always + (self.keep_float32 if dtype == "float16" else ())
-        return any(re.search(rf"(^|\.){part}(\.|$)", name) for part in parts)
+    dtypes: Mapping[str, str]
+    """Type of each tensor where transformers loads the model in the type that was asked for."""
 
 
-def find_architecture(config: Mapping[str, Any], index: Index) -> Architecture:
+def find_architecture(config: Mapping[str, Any], index: Index, dtype: str | None = None) -> Architecture:
     """Return the architecture that a config names; without `architectures`, the one that the index's names fit.
+
+    Args:
+        config: of the model, as it is stored.
+        index: what the checkpoint holds.
+        dtype: the type to make the model in; float32 without.
 
     Raises:
         MismatchError: the config is none that transformers knows, or no class fits.
     """
     named = config.get("architectures") or []
     if named:
-        return _describe(named_class(str(named[0])), config)
+        return _describe(named_class(str(named[0])), config, dtype)
     tried: list[str] = []
     for auto in _AUTO_CLASSES:
         cls = _auto_class(auto, config)
         if cls is not None:
-            architecture = _describe(cls, config)
+            architecture = _describe(cls, config, dtype)
             if _fits(architecture, index):
                 return architecture
             tried.append(architecture.name)
@@ -105,38 +105,63 @@ def _auto_class(auto: str, config: Mapping[str, Any]) -> Any | None:
         return None
 
 
-def _config(config: Mapping[str, Any]) -> Any:
-    from transformers import AutoConfig
+def _config(config: Mapping[str, Any], cls: Any = None) -> Any:
+    """Return a config as its class, which `cls`, a model's, knows where transformers' list does not."""
+    from transformers import CONFIG_MAPPING
 
-    fields = {name: value for name, value in config.items() if name not in {"model_type", "transformers_version"}}
+    kind = str(config["model_type"])
+    own = getattr(cls, "config_class", None)
     try:
-        return AutoConfig.for_model(config["model_type"], **fields)
+        own_kind = kind not in CONFIG_MAPPING and kind == getattr(own, "model_type", None)
+        known: Any = own if own_kind else CONFIG_MAPPING[kind]
+        return known.from_dict(known._decode_special_floats(dict(config)))  # a copy: some classes change what they get
+    except KeyError:
+        import transformers
+
+        raise MismatchError(
+            f"config of {kind!r}: transformers {transformers.__version__} has no such model; check config.json."
+        ) from None
     except Exception as error:  # noqa: BLE001 - each config class has checks and errors of its own
         raise MismatchError(f"config of {config.get('model_type')!r}: {error}; check config.json.") from None
 
 
-def _describe(cls: Any, config: Mapping[str, Any]) -> Architecture:
+def _describe(cls: Any, config: Mapping[str, Any], dtype: str | None) -> Architecture:
     import torch
+    from transformers.modeling_utils import local_torch_dtype
 
     from ckpt_core.export.trace import trace_export
 
-    built = _config(config)
+    built, made_in = _config(config, cls), getattr(torch, dtype or "float32")
+    for part in (built, *(getattr(built, name, None) for name in built.sub_configs)):
+        if part is not None:
+            part.dtype = made_in
     try:
-        with torch.device("meta"):
+        with local_torch_dtype(made_in, cls.__name__), torch.device("meta"):
             model = cls(built)
     except Exception as error:  # noqa: BLE001 - each model class has checks and errors of its own
         raise MismatchError(f"{cls.__name__}: cannot be built from its config ({error}); check config.json.") from None
     state = model.state_dict()
+    unsaved = frozenset(model._keys_to_ignore_on_save or ()) & set(state)
     ties = {target: source for target, source in (model.all_tied_weights_keys or {}).items() if target in state}
     return Architecture(
         name=cls.__name__,
         shapes={name: tuple(tensor.shape) for name, tensor in state.items()},
         ties=ties,
-        recipes=trace_export(model, {name: tensor for name, tensor in state.items() if name not in ties}),
+        recipes=trace_export(model, {n: tensor for n, tensor in state.items() if n not in ties and n not in unsaved}),
         padded=_padded(model),
-        keep_float32=tuple(model._keep_in_fp32_modules or ()),
-        keep_float32_always=tuple(model._keep_in_fp32_modules_strict or ()),
+        unsaved=unsaved,
+        dtypes=_dtypes(model, state, made_in),
     )
+
+
+def _dtypes(model: Any, state: Mapping[str, Any], made_in: Any) -> dict[str, str]:
+    """Return the type of each tensor after loading: what the model was made with, or what transformers plans.
+
+    The plan's names are searched for in those of tensors as transformers does it, anywhere.
+    """
+    plan = {pattern.replace("*", ".*"): dtype for pattern, dtype in model._get_dtype_plan(made_in).items()}
+    found = {n: next((dtype for p, dtype in plan.items() if re.search(p, n)), t.dtype) for n, t in state.items()}
+    return {name: str(dtype).removeprefix("torch.") for name, dtype in found.items()}
 
 
 def _padded(model: Any) -> frozenset[str]:

@@ -182,7 +182,7 @@ def plan_export(
         )
     if merge_adapter:
         raise MismatchError(f"{where}: holds no LoRA adapter to merge; convert without merge_adapter.")
-    architecture = find_architecture(assets.config, index)
+    architecture = find_architecture(assets.config, index, dtype)
     return make_plan(index, architecture, dtype=dtype, max_shard_bytes=max_shard_bytes, table=table, where=where)
 
 
@@ -331,6 +331,8 @@ def _config_bytes(assets: Assets, plan: Plan, dtype: str | None) -> bytes:
     floating = [o.dtype for o in plan.outputs if "float" in o.dtype]
     commonest = max(set(floating), key=floating.count) if floating else None
     kept = {name: value for name, value in assets.config.items() if name != "torch_dtype"}  # the old name of dtype
+    if dtype:  # configs within the config have one each
+        kept |= {n: {**v, "dtype": dtype} for n, v in kept.items() if isinstance(v, dict) and "model_type" in v}
     config = {**kept, "architectures": [plan.architecture], "dtype": dtype or commonest}
     return (json.dumps(dict(sorted(config.items())), indent=2) + "\n").encode()
 

@@ -67,15 +67,16 @@ def plan_intake(
         MismatchError: a tensor is missing, left over, or of another shape, or the config is no model's.
     """
     stored, where = weights.tensors, str(weights.place)
-    architecture, names = _matched(stored, config, table, where)
+    architecture, names = _matched(stored, config, dtype, table, where)
     for exported, name in names.first.items():
         _check_fits(name, stored[name][1], architecture.recipes[exported].shape, architecture.name, where)
     for twin, kept in names.twins:
         _check_fits(twin, stored[twin][1], stored[kept][1].shape, architecture.name, where)
-    whole = {name: shape for name, shape in architecture.shapes.items() if name not in architecture.ties}
+    kept = {name: shape for name, shape in architecture.shapes.items() if name not in architecture.unsaved}
+    whole = {name: shape for name, shape in kept.items() if name not in architecture.ties}
     recipes = {name: _of_stored(recipe, names.first) for name, recipe in inverted(architecture.recipes, whole).items()}
     types = {name: str(tensor.dtype) for name, (_, tensor) in stored.items()}
-    outputs = [_output(name, recipes, types, architecture, dtype, where) for name in architecture.shapes]
+    outputs = [_output(name, recipes, types, architecture, dtype, where) for name in kept]
     rules = [*names.rules]
     rules += [
         f"tied: {target} is {source}, stored under each name" for target, source in sorted(architecture.ties.items())
@@ -98,7 +99,7 @@ class _Names:
 
 
 def _matched(
-    stored: Mapping[str, Any], config: Mapping[str, Any], table: Table, where: str
+    stored: Mapping[str, Any], config: Mapping[str, Any], dtype: str | None, table: Table, where: str
 ) -> tuple[Architecture, _Names]:
     """Return the architecture that the config means, and how its names and the stored ones meet.
 
@@ -107,7 +108,7 @@ def _matched(
     """
     tried: list[str] = []
     for name in _classes(config):
-        architecture = find_architecture({**config, "architectures": [name]}, Index({}, {}))
+        architecture = find_architecture({**config, "architectures": [name]}, Index({}, {}), dtype)
         try:
             return architecture, _names(stored, architecture, table, where)
         except MismatchError:
@@ -219,6 +220,6 @@ def _output(
             f"{', '.join(sorted(made_of)) or 'no type'}; store them in one type."
         )
     [stored] = made_of
-    keeps = any(architecture.keeps_float32(n, dtype or "") for n in (name, *recipe.sources))
-    cast = dtype is not None and stored in dtypes.FLOATING and not keeps
-    return Output(name, dtype if cast and dtype else stored, stored, recipe)
+    loaded = architecture.dtypes[name]
+    cast = dtype is not None and stored in dtypes.FLOATING and loaded in dtypes.FLOATING
+    return Output(name, loaded if cast else stored, stored, recipe)

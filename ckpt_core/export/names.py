@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,7 +72,13 @@ class Resolved:
 
 
 def resolve(
-    stored: Iterable[str], wanted: Mapping[str, Sequence[str]], table: Table, *, model: str, where: str
+    stored: Iterable[str],
+    wanted: Mapping[str, Sequence[str]],
+    table: Table,
+    *,
+    unsaved: Collection[str] = (),
+    model: str,
+    where: str,
 ) -> Resolved:
     """Find the stored name of each name that a model has.
 
@@ -83,6 +89,7 @@ def resolve(
         stored: the checkpoint's names.
         wanted: the names under which each of the model's tensors may be stored; tied ones have several.
         table: what the user says of the names.
+        unsaved: the model's names that may be stored, and are not exported.
         model: the name of its class, for errors.
         where: the checkpoint, for errors.
 
@@ -101,8 +108,10 @@ def resolve(
         for name in alternatives
         if best.prefix + name in best.names
     }
-    beside = _beside(kept, best, found, model, where)
+    computed = [best.names[best.prefix + name] for name in unsaved if best.prefix + name in best.names]
+    beside = _beside(kept, best, {*found.values(), *computed}, model, where)
     dropped = [f"dropped: {name}, by the table of names" for name in names if table.drops(name)]
+    dropped += [f"dropped: {name}, which the model computes" for name in sorted(computed)]
     dropped += [f"dropped: {len(beside)} entries that are not the model's, such as {beside[0]}"] if beside else []
     return Resolved(found, (*_rules(found, best.prefix, table), *dropped))
 
@@ -161,13 +170,12 @@ def _lacks(
     )
 
 
-def _beside(stored: Sequence[str], best: _Attempt, found: Mapping[str, str], model: str, where: str) -> list[str]:
+def _beside(stored: Sequence[str], best: _Attempt, used: set[str], model: str, where: str) -> list[str]:
     """Return what frameworks keep beside a model, such as its optimizer.
 
     Raises:
         MismatchError: something else is left over.
     """
-    used = set(found.values())
     read_as = {name: new for new, name in best.names.items()}
     above = best.prefix[: best.prefix[:-1].rfind(".") + 1]  # `app.model.` stands beside `app.optimizer.`
     left = [name for name in stored if name not in used]

@@ -105,8 +105,16 @@ def make_plan(
     if max_shard_bytes <= 0:
         raise ArgumentError(f"max_shard_bytes={max_shard_bytes}: expected a positive number of bytes.")
     ties = architecture.ties
-    wanted = {n: [n, *(t for t, s in ties.items() if s == n)] for n in architecture.shapes if n not in ties}
-    names = resolve((*index.tensors, *index.values), wanted, table, model=architecture.name, where=where)
+    stored_names = [n for n in architecture.shapes if n not in ties and n not in architecture.unsaved]
+    wanted = {n: [n, *(t for t, s in ties.items() if s == n)] for n in stored_names}
+    names = resolve(
+        (*index.tensors, *index.values),
+        wanted,
+        table,
+        unsaved=architecture.unsaved,
+        model=architecture.name,
+        where=where,
+    )
     twins = {name: [names.stored[n] for n in may if n in names.stored] for name, may in wanted.items()}
     sources = {name: _Source.of(name, stored[0], index, architecture, where) for name, stored in twins.items()}
     _check_used_once(architecture, sources)
@@ -198,10 +206,10 @@ def _output(
             f"{', '.join(sorted(set(made_of)))}; save them in one type."
         )
     [stored] = set(made_of)
-    keeps = any(architecture.keeps_float32(source, dtype or "") for source in (*recipe.sources, name))
-    cast = dtype is not None and stored in dtypes.FLOATING and not keeps
+    wider = max((architecture.dtypes[source] for source in recipe.sources), key=lambda kind: dtypes.ITEMSIZE[kind])
+    cast = dtype is not None and stored in dtypes.FLOATING and wider in dtypes.FLOATING
     pieces = tuple(sources[piece.source].seen(piece) for piece in recipe.pieces)
-    return Output(name, dtype if cast and dtype else stored, stored, replace(recipe, pieces=pieces))
+    return Output(name, wider if cast else stored, stored, replace(recipe, pieces=pieces))
 
 
 def _rearranged(recipes: Mapping[str, Recipe]) -> list[str]:

@@ -11,6 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BarkConfig,
     BarkModel,
+    BarkSemanticConfig,
+    BarkSemanticModel,
     BertConfig,
     BertForMaskedLM,
     ClapConfig,
@@ -25,12 +27,21 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GraniteMoeHybridConfig,
+    GraniteMoeHybridForCausalLM,
+    Idefics2Config,
+    Idefics2ForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MarianConfig,
+    MarianMTModel,
+    MistralConfig,
     MixtralConfig,
     MixtralForCausalLM,
+    OlmoHybridConfig,
+    OlmoHybridForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3Config,
@@ -122,6 +133,39 @@ MODELS: dict[str, tuple[type[PreTrainedModel], Any]] = {
             ),
         ),
     ),
+    "semantic bark": (BarkSemanticModel, BarkSemanticConfig(**_BARK)),  # a config that is of no AutoConfig
+    "granite hybrid": (  # Infinity in its config
+        GraniteMoeHybridForCausalLM,
+        GraniteMoeHybridConfig(
+            **_TEXT, layer_types=["mamba", "attention"], num_local_experts=3, num_experts_per_tok=2,
+            shared_intermediate_size=8, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=4,
+        ),
+    ),
+    "marian": (  # positions that are computed, not saved
+        MarianMTModel,
+        MarianConfig(
+            vocab_size=40, d_model=16, max_position_embeddings=33, pad_token_id=39, decoder_start_token_id=39,
+            eos_token_id=0, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=24,
+            decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=24,
+        ),
+    ),
+    "idefics2": (  # a config class that changes what it is made of
+        Idefics2ForConditionalGeneration,
+        Idefics2Config(
+            text_config=MistralConfig(**_TEXT),
+            vision_config={**_IMAGE},
+            perceiver_config={"resampler_n_latents": 3, "resampler_depth": 1, "resampler_n_heads": 2,
+                              "resampler_head_dim": 8, "num_key_value_heads": 1, "hidden_size": 16},
+            image_token_id=39,
+        ),
+    ),
+    "olmo hybrid": (  # numbers that are float32 whatever the rest is
+        OlmoHybridForCausalLM,
+        OlmoHybridConfig(
+            **_TEXT, pad_token_id=0, layer_types=["linear_attention", "full_attention"], linear_num_key_heads=2,
+            linear_num_value_heads=2, linear_key_head_dim=4, linear_value_head_dim=8,
+        ),
+    ),
     "mixtral": (MixtralForCausalLM, MixtralConfig(**_TEXT, num_local_experts=3)),
     "qwen3 moe": (
         Qwen3MoeForCausalLM,
@@ -143,8 +187,9 @@ def model_of(name: str, seed: int = 0) -> PreTrainedModel:
     cls, config = MODELS[name]
     torch.manual_seed(seed)
     model = cls(copy.deepcopy(config))
+    saved = {n: t for n, t in model.state_dict(keep_vars=True).items() if n not in model._keys_to_ignore_on_save}
     with torch.no_grad():
-        for tensor in dict.fromkeys(model.state_dict(keep_vars=True).values()):
+        for tensor in dict.fromkeys(saved.values()):
             if tensor.is_floating_point():
                 tensor.add_(torch.rand_like(tensor))
             elif tensor.dim() == 0:

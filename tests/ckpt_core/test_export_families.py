@@ -76,7 +76,7 @@ def test_whatever_mesh_saved_it(saved: tuple[Mesh, Path], tmp_path: Path) -> Non
 class TestCasts:
     """What a cast gives: what transformers has after loading the uncast export in that dtype."""
 
-    @pytest.mark.parametrize("name", [name for name, (_, config) in MODELS.items() if not config.sub_configs])
+    @pytest.mark.parametrize("name", MODELS)
     def test_every_family(self, tmp_path: Path, name: str) -> None:
         """In bfloat16 and float16 each tensor has the dtype and the bytes that from_pretrained gives it."""
         model = model_of(name)
@@ -91,6 +91,7 @@ class TestCasts:
         [
             ("t5", "float16", ["decoder.block.0.layer.2.DenseReluDense.wo.weight"]),
             ("deepseek v3", "bfloat16", ["model.layers.1.mlp.gate.e_score_correction_bias"]),
+            ("olmo hybrid", "bfloat16", ["model.layers.0.linear_attn.A_log"]),
             ("resnet", "bfloat16", ["resnet.embedder.embedder.normalization.num_batches_tracked"]),
             ("bark", "float16", ["semantic.layers.0.attn.bias"]),
             ("clap", "float16", ["text_model.embeddings.position_ids"]),
@@ -105,7 +106,7 @@ class TestCasts:
         assert {tensor: found[tensor] for tensor in kept} == expected
         assert dtype in found.values()
 
-    @pytest.mark.parametrize("name", ["t5", "resnet"])
+    @pytest.mark.parametrize("name", ["t5", "olmo hybrid", "resnet"])
     def test_models_of_several_dtypes(self, tmp_path: Path, name: str) -> None:
         """A model that transformers loaded in float16 is exported as it is, and cast as from_pretrained casts it."""
         whole = model_of(name)
@@ -116,6 +117,17 @@ class TestCasts:
         for dtype in ("bfloat16", "float32"):
             cast = convert(directory, tmp_path / dtype, assets=assets, dtype=dtype)
             assert_same_export(cast.path, recast(mixed, export, dtype, tmp_path / f"expected {dtype}"))
+
+    @pytest.mark.parametrize(
+        ("name", "dtype"), [("t5", "float16"), ("deepseek v3", "bfloat16"), ("olmo hybrid", "bfloat16")]
+    )
+    def test_what_stays_float32_is_widened(self, tmp_path: Path, name: str, dtype: str) -> None:
+        """Where all was saved in bfloat16, what the architecture wants in float32 is float32 after a cast."""
+        model = model_of(name).bfloat16()
+        directory, assets = checkpoint_of(model, tmp_path / "saved")
+        export = convert(directory, tmp_path / "export", assets=assets)
+        cast = convert(directory, tmp_path / dtype, assets=assets, dtype=dtype)
+        assert_same_export(cast.path, recast(model, export, dtype, tmp_path / f"expected {dtype}"))
 
 
 @pytest.mark.parametrize("stored", [torch.bool, torch.uint8, torch.int16, torch.int32], ids=str)
