@@ -1,9 +1,9 @@
 """Hugging Face directories made into DCP checkpoints: those that save_checkpoint of the model makes, or an error."""
 
+import errno
 import json
 import os
 import re
-import signal
 import struct
 import subprocess
 import sys
@@ -14,17 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from gloo_ranks import run_ranks, values
+from gloo_ranks import fork, run_ranks, values
+from import_child import import_when_continued, import_with_little_room, load_in_rank
 from object_stores import s3_server  # noqa: F401 - a fixture
 from safetensors.torch import load_file, save_file
 from small_models import assert_same
 from small_transformers import MODELS, model_of, read_json, save_pretrained, tokenizer
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
 from tracing import CHANGING, can_trace, kill_everywhere
 from transformers import BertModel, GPT2Model, LlamaModel, PreTrainedModel
 
@@ -153,7 +148,7 @@ class TestWhatIsMade:
         """Two ranks, with FSDP2 and with plain dcp.load into DTensors, get what one process has."""
         source = save_pretrained(model_of("llama tied"), tmp_path / "hf")
         made = import_hf(source, tmp_path / "dcp")
-        for state in values(run_ranks(2, load_in_rank, str(made.path))):
+        for state in values(run_ranks(2, load_in_rank, "llama tied", str(made.path))):
             assert_same(state, dict(model_of("llama tied").state_dict()))
 
     def test_from_an_object_store(self, tmp_path: Path, llama: Path, s3_server: Any) -> None:  # noqa: F811 - the fixture
@@ -181,21 +176,6 @@ class TestWhatIsMade:
         assert_same(state_of(made.path), dict(expected.state_dict()))
         assert read_json(made.path / "assets" / "config.json")["dtype"] == dtype
         assert f"cast: float32 to {dtype}" in made.rules
-
-
-def load_in_rank(directory: str) -> Tensors:
-    """Load a tied Llama into FSDP2 and, by plain dcp.load, into DTensors; return its state if they agree."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    model = model_of("llama tied", seed=dist.get_rank() + 1)
-    state: dict[str, Any] = {n: distribute_tensor(t.clone(), mesh, [Shard(0)]) for n, t in model.state_dict().items()}
-    fully_shard(model, mesh=mesh)
-    load_checkpoint(model, directory)
-    dcp.load({"model": state}, checkpoint_id=directory)
-    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    divided = {name: tensor.full_tensor() for name, tensor in state.items()}
-    if dist.get_rank() == 0:
-        assert_same(dict(whole), divided)
-    return divided
 
 
 class TestNames:
@@ -396,12 +376,6 @@ class TestRefusals:
                 import_hf(source, tmp_path / "x", max_file_bytes=limit)
 
 
-def import_when_continued(source: str, target: str) -> None:
-    """Stop until the tracer is there, then import."""
-    os.kill(os.getpid(), signal.SIGSTOP)
-    import_hf(Path(source), Path(target))
-
-
 @pytest.mark.skipif(not can_trace(), reason="needs strace, and the right to attach to processes")
 def test_killed_anywhere(tmp_path: Path, llama: Path) -> None:
     """After a kill the target is whole or not there; the next import completes it, and leaves nothing else."""
@@ -419,8 +393,28 @@ def test_killed_anywhere(tmp_path: Path, llama: Path) -> None:
         assert list(place.iterdir()) == [target]
 
     (tmp_path / "killed").mkdir()
-    kills = kill_everywhere(CHANGING, tmp_path / "killed", prepare, check, every={"write": 25, "fsync": 4, "mkdir": 2})
+    kills = kill_everywhere(CHANGING, tmp_path / "killed", prepare, check, every={"write": 40, "fsync": 5, "unlink": 3})
     assert kills > 8
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, llama: Path) -> None:
+    """An error of the file system in the middle of a file ends the import, with nothing at the target."""
+    target = tmp_path / "out" / "dcp"
+    process = fork(import_with_little_room, str(llama), str(target))
+    process.join(60)
+    assert process.exitcode == errno.EFBIG
+    assert list(target.parent.iterdir()) == []
+
+
+def test_one_at_a_time(tmp_path: Path, llama: Path) -> None:
+    """While one process imports to a place, another is refused, and leaves what the first has written."""
+
+    def meanwhile(*_: int) -> None:
+        with pytest.raises(errors.CommitError, match="another process"):
+            import_hf(llama, tmp_path / "dcp")
+
+    made = import_hf(llama, tmp_path / "dcp", progress=meanwhile)
+    assert_same(state_of(made.path), dict(model_of("llama").state_dict()))
 
 
 MEASURED = """
