@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ckpt_core import PyTorchCheckpoint
+from ckpt_core.cli import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -46,14 +47,14 @@ def test_python_blocks_run_as_they_stand(block, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_ckpt_commands_run_as_they_stand(workplace):
-    """Each line of the block of `ckpt` commands exits with 0."""
-    (block,) = [block for block in blocks("sh") if block.startswith("ckpt")]
+@pytest.mark.parametrize("block", [block for block in blocks("sh") if block.startswith("ckpt")])
+def test_ckpt_commands_run_as_they_stand(block, workplace, capsys):
+    """Each line of a block of `ckpt` commands exits with 0, and says something."""
     for line in block.splitlines():
-        program, *arguments = shlex.split(line)
-        done = subprocess.run([BIN / program, *arguments], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
-        assert done.stdout.strip()
+        status = main(shlex.split(line)[1:])
+        said = capsys.readouterr()
+        assert status == 0, f"{line}\n{said.out}{said.err}"
+        assert said.out.strip()
 
 
 def test_make_targets_do_what_the_readme_says():
