@@ -16,8 +16,10 @@ from ckpt_core.errors import ArgumentError
 from ckpt_core.workers import count_workers
 
 if TYPE_CHECKING:
+    from ckpt_core.export import Assets
     from ckpt_core.export.conversion import Settings
     from ckpt_core.export.plan import Output, Plan
+    from ckpt_core.urls import Place
 
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)B?", re.IGNORECASE)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -52,6 +54,8 @@ def _add_convert(convert: argparse.ArgumentParser) -> None:
     convert.add_argument("out", metavar="OUT")
     convert.add_argument("--model", metavar="CONFIG", help="path or Hub id of the config; a step has its own")
     convert.add_argument("--tokenizer", metavar="T", help="path or Hub id; default: where the config is")
+    convert.add_argument("--adapter", metavar="DIR", help="where adapter_config.json is, of a run with LoRA (PEFT)")
+    convert.add_argument("--merge-adapter", action="store_true", help="add a LoRA adapter to the model's weights")
     convert.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="cast floating-point tensors")
     convert.add_argument("--max-shard-size", type=parse_size, default="5GB", metavar="5GB")
     convert.add_argument("--plan", action="store_true", help="print what would be written, and write nothing")
@@ -70,7 +74,6 @@ def _add_convert(convert: argparse.ArgumentParser) -> None:
 def _convert(options: argparse.Namespace) -> Answer:
     from ckpt_core.durable import file_size
     from ckpt_core.export import check_target, convert, convert_checkpoint, plan_export
-    from ckpt_core.export.assets import fetch_assets, read_assets
     from ckpt_core.export.names import Table, read_table
     from ckpt_core.format.manifest import MANIFEST_NAME
     from ckpt_core.locate import find_dcp
@@ -83,17 +86,21 @@ def _convert(options: argparse.Namespace) -> Answer:
     if not options.plan:
         check_target(directory, target, overwrite=options.overwrite)
     own = None if step is None or options.model else step.component("assets")
-    if not own and not options.model:
-        raise ArgumentError(f"{source}: has no config of its own; name one with --model PATH_OR_ID.")
+    assets = _assets(options, own, source)
     names = read_table(Path(options.names)) if options.names else Table()
     settings: Settings = {"dtype": options.dtype, "max_shard_bytes": options.max_shard_size, "table": names}
-    assets = read_assets(own) if own else fetch_assets(options.model, options.tokenizer)
+    settings["merge_adapter"] = options.merge_adapter
     if options.plan:
         began = time.perf_counter()
-        return _show(
-            plan_export(directory, assets, dtype=options.dtype, max_shard_bytes=options.max_shard_size, table=names),
-            began,
+        plan = plan_export(
+            directory,
+            assets,
+            dtype=options.dtype,
+            max_shard_bytes=options.max_shard_size,
+            table=names,
+            merge_adapter=options.merge_adapter,
         )
+        return _show(plan, began)
     settings["overwrite"], settings["allow_nonfinite"] = options.overwrite, options.allow_nonfinite
     settings["digest"], settings["workers"] = options.digest, options.workers
     with Bar() as bar:
@@ -105,6 +112,26 @@ def _convert(options: argparse.Namespace) -> Answer:
     facts: dict[str, Any] = {"path": str(export.path), "architecture": export.architecture, "files": export.files}
     facts |= {"rules": export.rules, **bar.seconds()}
     return Answer(facts, [f"{export.path}: {export.architecture}, {export.nbytes:,} bytes, from {directory}"])
+
+
+def _assets(options: argparse.Namespace, own: Place | None, source: Place) -> Assets:
+    """Return the model's config, the tokenizer, and the config of an adapter, which needs no config of the model."""
+    from ckpt_core.export.adapter_config import adapter_assets, find_adapter_config, with_adapter_config
+    from ckpt_core.export.assets import fetch_assets, read_assets
+    from ckpt_core.urls import place_of
+
+    model = place_of(options.model) if options.model and Path(options.model).is_dir() else own
+    adapter = place_of(options.adapter) if options.adapter else find_adapter_config(model)
+    if adapter and not options.merge_adapter:
+        others = [model, place_of(options.tokenizer) if options.tokenizer else None]
+        return adapter_assets(adapter, [place for place in others if place])
+    if not own and not options.model:
+        raise ArgumentError(
+            f"{source}: has no config of its own; name one with --model PATH_OR_ID, or that of a LoRA adapter with "
+            "--adapter DIR."
+        )
+    assets = read_assets(own) if own else fetch_assets(options.model, options.tokenizer)
+    return with_adapter_config(assets, adapter) if adapter else assets
 
 
 def _show(plan: Plan, began: float) -> Answer:
@@ -138,12 +165,14 @@ def _show(plan: Plan, began: float) -> Answer:
 def _facts(output: Output) -> dict[str, Any]:
     facts: dict[str, Any] = {"dtype": output.dtype, "shape": output.shape, "how": output.recipe.kind}
     facts["sources"] = list(output.recipe.sources)
+    facts |= {"merges": [output.update.a, output.update.b], "scaling": output.update.scaling} if output.update else {}
     return facts | ({"cast_from": output.stored} if output.casts else {})
 
 
 def _line(output: Output) -> str:
-    how = output.recipe.kind + (f", cast from {output.stored}" if output.casts else "")
-    sources = ", ".join(output.recipe.sources[:3]) + (", ..." if output.recipe.sources[3:] else "")
+    how = output.recipe.kind + (", merged" if output.update else "")
+    how += f", cast from {output.stored}" if output.casts else ""
+    sources = ", ".join(output.sources[:3]) + (", ..." if output.sources[3:] else "")
     return f"  {output.dtype:10} {output.shape!s:20} {output.name}: {how} from {sources}"
 
 

@@ -182,6 +182,10 @@ def plan_export(
         )
     if merge_adapter:
         raise MismatchError(f"{where}: holds no LoRA adapter to merge; convert without merge_adapter.")
+    if not assets.config:
+        raise MismatchError(
+            f"{where}: holds no LoRA adapter, and there is no config of a model; give one with --model."
+        )
     architecture = find_architecture(assets.config, index, dtype)
     return make_plan(index, architecture, dtype=dtype, max_shard_bytes=max_shard_bytes, table=table, where=where)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from ckpt_core.errors import ArgumentError, MismatchError
 from ckpt_core.export.architecture import Architecture
+from ckpt_core.export.lora import Update
 from ckpt_core.export.names import Table, resolve
 from ckpt_core.export.recipe import Piece, Recipe
 from ckpt_core.format import dtypes
@@ -26,6 +27,18 @@ class Output:
     dtype: str
     stored: str
     recipe: Recipe
+    update: Update | None = None
+    """What an adapter adds to the stored elements, before any cast."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of all stored tensors that it is made of."""
+        return self.recipe.sources + ((self.update.a, self.update.b) if self.update else ())
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether its bytes are the stored ones."""
+        return not self.casts and self.update is None
 
     @property
     def shape(self) -> Shape:
@@ -240,9 +253,9 @@ def _split(outputs: Iterable[Output], max_shard_bytes: int) -> dict[str, list[Ou
         size += output.nbytes
     count = len(groups)
     names = [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
-    return dict(zip(names if count > 1 else ["model.safetensors"], map(_in_file_order, groups), strict=True))
+    return dict(zip(names if count > 1 else ["model.safetensors"], map(in_file_order, groups), strict=True))
 
 
-def _in_file_order(outputs: list[Output]) -> list[Output]:
+def in_file_order(outputs: list[Output]) -> list[Output]:
     """Order tensors as safetensors does: widest elements first, so that all are aligned, then by name."""
     return sorted(outputs, key=lambda o: (-dtypes.ITEMSIZE[o.dtype], o.name))

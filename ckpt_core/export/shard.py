@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ckpt_core.durable import file_size
 from ckpt_core.errors import DamagedError
+from ckpt_core.export.lora import Update
 from ckpt_core.export.plan import Output, Plan
 from ckpt_core.export.recipe import Piece, Recipe
 from ckpt_core.format.index import Chunk, Span, TensorEntry
@@ -62,7 +63,7 @@ def shards_of(plan: Plan, place: Place) -> list[Shard]:
     seen: set[str] = set()
     shards: list[Shard] = []
     for name, outputs in plan.shards.items():
-        tensors = {source: plan.tensors[source] for output in outputs for source in output.recipe.sources}
+        tensors = {source: plan.tensors[source] for output in outputs for source in output.sources}
         files = {chunk.span.file for entry in tensors.values() for chunk in entry.chunks}
         for file in files - identities.keys():
             identities[file] = identity_of(place / file)
@@ -88,7 +89,7 @@ def shard_bytes(shard: Shard) -> bytes:
     """Return a shard as JSON."""
     document = {
         "name": shard.name,
-        "outputs": [[o.name, o.dtype, o.stored, _recipe_document(o.recipe)] for o in shard.outputs],
+        "outputs": [_output_document(o) for o in shard.outputs],
         "tensors": {
             name: [
                 e.dtype,
@@ -108,11 +109,20 @@ def parse_shard(data: bytes) -> Shard:
     document: dict[str, Any] = json.loads(data)
     return Shard(
         document["name"],
-        [Output(name, dtype, stored, _recipe(*recipe)) for name, dtype, stored, recipe in document["outputs"]],
+        [_output(*output) for output in document["outputs"]],
         {name: _entry(*entry) for name, entry in document["tensors"].items()},
         document["checked"],
         document["files"],
     )
+
+
+def _output_document(output: Output) -> list[Any]:
+    update = astuple(output.update) if output.update else None
+    return [output.name, output.dtype, output.stored, _recipe_document(output.recipe), update]
+
+
+def _output(name: str, dtype: str, stored: str, recipe: list[Any], update: list[Any] | None) -> Output:
+    return Output(name, dtype, stored, _recipe(*recipe), Update(*update) if update else None)
 
 
 def _recipe_document(recipe: Recipe) -> list[Any]:

@@ -6,13 +6,14 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckpt_core.errors import DamagedError, MismatchError
 from ckpt_core.export.cast import cast
+from ckpt_core.export.lora import Updated
 from ckpt_core.export.plan import Output, Plan
 from ckpt_core.export.recipe import copy_of
 from ckpt_core.export.shard import Shard
@@ -151,7 +152,7 @@ class _File:
 
     def _copy(self, output: Output, stored: Stored, written: Written) -> bool:
         """Have the kernel copy a tensor whose bytes are the stored ones; return whether that was possible."""
-        found = None if output.casts else ranges(stored, output.recipe, output.stored)
+        found = ranges(stored, output.recipe, output.stored) if output.unchanged else None
         if found is None:
             return False
         for each in found:
@@ -165,7 +166,7 @@ class _File:
     def _stream(self, output: Output, stored: Stored, written: Written) -> None:
         """Write a tensor block by block."""
         statistics = Statistics(output.dtype)
-        for block in blocks(stored, output.recipe, output.stored, check=self._care.digest):
+        for block in _updated_blocks(output, stored, check=self._care.digest):
             made = cast(block, output.stored, output.dtype) if output.casts else block
             if self._care.digest:
                 if not self._care.allow_nonfinite and first_nonfinite(bytes_of(made), output.dtype) is not None:
@@ -185,9 +186,18 @@ class _File:
             data = data[written:]
 
 
+def _updated_blocks(output: Output, stored: Stored, *, check: bool) -> Iterator[Words]:
+    """Yield the elements of a tensor as they are before any cast."""
+    made = blocks(stored, output.recipe, output.stored, check=check)
+    if output.update is None:
+        return made
+    updated = Updated(output.update, output.shape, output.stored, stored, check=check)
+    return map(updated.next, made)
+
+
 def _nonfinite(block: Words, output: Output) -> Exception:
     """Return the error for a block with NaN or Inf after its cast, which every NaN and Inf survives."""
-    sources = ", ".join(output.recipe.sources)
+    sources = ", ".join(output.sources)
     if first_nonfinite(bytes_of(block), output.stored) is None:
         return MismatchError(
             f"{sources}: holds values that do not fit {output.dtype}, where they would be NaN or Inf; convert to "

@@ -1,0 +1,247 @@
+"""Plans of exports of a checkpoint with a LoRA adapter: of the adapter alone, or of the model with it merged."""
+
+# transformers is only partly annotated.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ckpt_core.errors import MismatchError
+from ckpt_core.export.adapter import PREFIX, Adapter, Part
+from ckpt_core.export.architecture import Architecture, find_architecture, named_class
+from ckpt_core.export.lora import Update
+from ckpt_core.export.names import Table
+from ckpt_core.export.plan import Output, Plan, Tie, in_file_order, make_plan
+from ckpt_core.export.recipe import copy_of
+from ckpt_core.format import dtypes
+from ckpt_core.format.index import Index
+
+ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
+_MERGED = frozenset({"float64", "float32", "float16", "bfloat16"})
+
+
+def plan_adapter(index: Index, adapter: Adapter, *, dtype: str | None, where: str) -> Plan:
+    """Plan one file as PEFT's `save_pretrained` writes it: the factors and the modules that were trained as a whole.
+
+    Args:
+        index: what the checkpoint holds.
+        adapter: which of it is the adapter's.
+        dtype: cast floating-point tensors to this; None keeps them.
+        where: the checkpoint, for errors.
+
+    Raises:
+        MismatchError: a tensor is missing, or of a type that safetensors does not have.
+    """
+    adapter.config.check_supported(merge=False)
+    kept = [part for part in adapter.parts if _is_saved(part, adapter)]
+    _check_trained(adapter, kept, where)
+    outputs = [_output(part.exported, part.stored, index, dtype, where) for part in kept]
+    _check_names_differ(outputs, where)
+    rules = [f"adapter: {len(adapter.pairs)} modules with factors, of {len(outputs)} tensors, in PEFT's layout"]
+    if not all(PREFIX in part.stored for part in kept):
+        rules.append(f"names: {PREFIX!r} put in front")
+    rules += _dropped(adapter, kept)
+    rules += [f"cast: {pair}" for pair in sorted({f"{o.stored} to {o.dtype}" for o in outputs if o.casts})]
+    used = {part.stored: index.tensors[part.stored] for part in kept}
+    base = (adapter.config.fields.get("auto_mapping") or {}).get("base_model_class")
+    name = f"LoRA adapter of {base or adapter.config.fields.get('base_model_name_or_path') or 'a model'}"
+    return Plan(name, {ADAPTER_WEIGHTS_NAME: in_file_order(outputs)}, (), used, tuple(rules))
+
+
+def plan_merged(
+    index: Index,
+    adapter: Adapter,
+    config: Mapping[str, Any],
+    *,
+    dtype: str | None,
+    max_shard_bytes: int,
+    table: Table,
+    where: str,
+) -> Plan:
+    """Plan the model with the adapter's updates added to its weights, as `merge_and_unload` leaves it.
+
+    Args:
+        index: what the checkpoint holds: the frozen weights too.
+        adapter: which of it is the adapter's.
+        config: the model's.
+        dtype: cast floating-point tensors to this after the merge; None keeps them.
+        max_shard_bytes: largest size of one file's tensors.
+        table: what the user says of the checkpoint's names.
+        where: the checkpoint, for errors.
+
+    Raises:
+        MismatchError: the checkpoint does not fit the configs, or the adapter is of a kind that is not merged.
+    """
+    adapter.config.check_supported(merge=True)
+    targets = _targets(adapter, where)
+    plain = {part.plain: part for part in adapter.of("trained", "base", "other")}
+    tensors = {name: index.tensors[part.stored] for name, part in plain.items()}
+    if len(tensors) != len(adapter.of("trained", "base", "other")):
+        raise MismatchError(
+            f"{where}: holds tensors twice, with PEFT's names and without; drop one by a table of names."
+        )
+    ignored = {name: index.tensors[name] for name in adapter.ignored if name in index.tensors}
+    base = Index({**tensors, **ignored}, index.values)
+    architecture = find_architecture(config, base, dtype)
+    plan = make_plan(base, architecture, dtype=dtype, max_shard_bytes=max_shard_bytes, table=table, where=where)
+    merge = _Merge(index, adapter, architecture, _conv1d(architecture.name, config), targets, plain, where)
+    return merge.applied(plan)
+
+
+@dataclass(frozen=True)
+class _Merge:
+    """What turns the plan of a model without an adapter into one with its updates, and with the stored names."""
+
+    index: Index
+    adapter: Adapter
+    architecture: Architecture
+    conv1d: frozenset[str]
+    """Names of the modules whose weights have the shape (inputs, outputs)."""
+
+    targets: Mapping[str, str]
+    """The module of each weight that is updated, by its plain name."""
+
+    plain: Mapping[str, Part]
+    where: str
+
+    def applied(self, plan: Plan) -> Plan:
+        shards = {name: [self._output(output) for output in outputs] for name, outputs in plan.shards.items()}
+        updated = [output for outputs in shards.values() for output in outputs if output.update]
+        if len(updated) != len(self.targets):
+            raise MismatchError(
+                f"{self.where}: {len(self.targets)} weights have an adapter, but {len(updated)} of them are in the "
+                "merged model, as others are tied to them; export the adapter as it is."
+            )
+        used = {self._stored(name): entry for name, entry in plan.tensors.items()}
+        factors = {name: self.index.tensors[name] for o in updated for name in o.sources[1:]}
+        ties = tuple(Tie(self._stored(tie.source), self._stored(tie.kept)) for tie in plan.ties)
+        rules = (*self._rules(updated), *plan.rules)
+        return Plan(plan.architecture, shards, ties, {**used, **factors}, rules)
+
+    def _stored(self, name: str) -> str:
+        return self.plain[name].stored if name in self.plain else name
+
+    def _output(self, output: Output) -> Output:
+        pieces = tuple(replace(piece, source=self._stored(piece.source)) for piece in output.recipe.pieces)
+        recipe, update = replace(output.recipe, pieces=pieces), self._update(output)
+        return replace(output, recipe=recipe, update=update)
+
+    def _update(self, output: Output) -> Update | None:
+        """Return the update of an output, and check that it can be added to it.
+
+        Raises:
+            MismatchError: the weight is none to which a product of two matrices is added, row by row.
+        """
+        modules = [self.targets[name] for name in output.recipe.sources if name in self.targets]
+        if not modules:
+            return None
+        module, name = modules[0], self.architecture.recipes[output.name].sources[0]
+        a, b = self.adapter.pairs[module]
+        if name in self.architecture.ties.values():
+            raise MismatchError(
+                f"{self.where}: {module} is tied to another module, which a merge would change too; export the "
+                "adapter as it is."
+            )
+        entry = self.index.tensors[self._stored(output.recipe.sources[0])]
+        if not output.recipe.straight or entry.shape != output.shape:
+            raise MismatchError(
+                f"{self.where}: {module} is {output.recipe.kind} in the export, and updates of such weights are not "
+                "merged; export the adapter as it is."
+            )
+        embedding = self.adapter.is_embedding(module)
+        turned = embedding or name.removesuffix(".weight") in self.conv1d
+        rank, factors = self.adapter.config.rank(module), (self.index.tensors[a], self.index.tensors[b])
+        outputs, inputs = output.shape[::-1] if turned else output.shape
+        if (factors[0].shape, factors[1].shape) != ((rank, inputs), (outputs, rank)):
+            raise MismatchError(
+                f"{self.where}: the factors of {module} have the shapes {factors[0].shape} and {factors[1].shape}, "
+                f"its weight has {output.shape}; expected {(rank, inputs)} and {(outputs, rank)}."
+            )
+        types = {output.stored, factors[0].dtype, factors[1].dtype}
+        if factors[0].dtype != factors[1].dtype or not types <= _MERGED:
+            raise MismatchError(
+                f"{self.where}: {module} is of {output.stored}, its factors are of {factors[0].dtype} and "
+                f"{factors[1].dtype}; merges are made of {', '.join(sorted(_MERGED))}, with both factors in one type. "
+                "Of quantized weights export the adapter as it is."
+            )
+        return Update(a, b, rank, factors[0].dtype, self.adapter.config.scaling(module), turned, embedding)
+
+    def _rules(self, updated: Iterable[Output]) -> list[str]:
+        kinds = Counter((o.update.rank, o.update.scaling) for o in updated if o.update)
+        rules = [
+            f"merged: {count} weights with {scaling:.6g} times a product of rank {rank}"
+            for (rank, scaling), count in sorted(kinds.items())
+        ]
+        if self.adapter.of("base"):
+            rules.append("names: 'base_layer' removed from within")
+        if self.adapter.of("trained"):
+            rules.append(f"names: {len(self.adapter.of('trained'))} tensors trained as a whole, of modules_to_save")
+        copies = self.adapter.of("copy")
+        return rules + ([f"dropped: {len(copies)} frozen copies of modules trained as a whole"] if copies else [])
+
+
+def _is_saved(part: Part, adapter: Adapter) -> bool:
+    if part.kind == "base":
+        return adapter.config.keeps_base(part.module)
+    whole = part.kind == "other" and adapter.config.trains(part.module.rpartition(".")[0])
+    return part.kind in {"factor", "trained"} or whole
+
+
+def _check_trained(adapter: Adapter, kept: Iterable[Part], where: str) -> None:
+    """Check that a module that the config says was trained as a whole is there."""
+    for name in adapter.config.trained_names:
+        if not any(f"{name}." in part.exported for part in kept):
+            raise MismatchError(
+                f"{where}: {adapter.config.where} names {name!r} in modules_to_save, but no such tensor is there; give "
+                "the config that it was trained with."
+            )
+
+
+def _check_names_differ(outputs: Iterable[Output], where: str) -> None:
+    for name, count in Counter(output.name for output in outputs).items():
+        if count > 1:
+            raise MismatchError(f"{where}: holds {name} {count} times; drop all but one by a table of names.")
+
+
+def _output(name: str, stored: str, index: Index, dtype: str | None, where: str) -> Output:
+    entry = index.tensors[stored]
+    if entry.dtype not in dtypes.SAFETENSORS:
+        raise MismatchError(f"{where}: {stored} is of {entry.dtype}, which safetensors cannot hold.")
+    cast = dtype is not None and entry.dtype in dtypes.FLOATING
+    return Output(name, dtype if cast and dtype else entry.dtype, entry.dtype, copy_of(stored, entry.shape))
+
+
+def _dropped(adapter: Adapter, kept: Iterable[Part]) -> list[str]:
+    """Name what of the checkpoint is not in an adapter's export."""
+    names = {part.stored for part in kept}
+    frozen = [part.stored for part in adapter.parts if part.stored not in names]
+    rules = [f"dropped: {len(frozen)} frozen tensors of the model, such as {frozen[0]}"] if frozen else []
+    beside = adapter.ignored
+    return rules + ([f"dropped: {len(beside)} names beside the model, such as {beside[0]}"] if beside else [])
+
+
+def _targets(adapter: Adapter, where: str) -> dict[str, str]:
+    """Return the module of each frozen weight that the adapter updates, by its plain name."""
+    weights = {part.module: part.plain for part in adapter.of("base") if part.leaf == "weight"}
+    for module in adapter.pairs:
+        if module not in weights:
+            raise MismatchError(
+                f"{where}: holds no frozen weight of {module} to merge its adapter into; export the adapter as it is, "
+                "and merge it into its base model with PEFT."
+            )
+    return {weights[module]: module for module in adapter.pairs}
+
+
+def _conv1d(name: str, config: Mapping[str, Any]) -> frozenset[str]:
+    """Return the names of the modules of GPT-2's kind of linear layer; square weights do not show it."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    cls = named_class(name)
+    with torch.device("meta"):
+        model = cls(cls.config_class.from_dict(dict(config)))
+    return frozenset(module_name for module_name, module in model.named_modules() if isinstance(module, Conv1D))
