@@ -85,8 +85,14 @@ def parts_of(output: Output) -> Iterator[Part]:
             yield Part(output, (*outer, start, *(0,) * len(rest)), sizes)
 
 
-def files_of(outputs: Sequence[Output], max_file_bytes: int) -> dict[str, list[Part]]:
-    """Return the chunks of each file, in order; one with more than `max_file_bytes` has a single chunk."""
+def files_of(outputs: Sequence[Output], max_file_bytes: int, *, first: int = 0) -> dict[str, list[Part]]:
+    """Return the chunks of each file, in order; one with more than `max_file_bytes` has a single chunk.
+
+    Args:
+        outputs: the tensors.
+        max_file_bytes: the most that a file's elements have.
+        first: the number of the first file.
+    """
     files: list[list[Part]] = []
     size = 0
     for part in (part for output in outputs for part in parts_of(output)):
@@ -95,7 +101,7 @@ def files_of(outputs: Sequence[Output], max_file_bytes: int) -> dict[str, list[P
             size = 0
         files[-1].append(part)
         size += part.nbytes
-    return {f"__0_{number}.distcp": parts for number, parts in enumerate(files)}
+    return {f"__0_{number}.distcp": parts for number, parts in enumerate(files, first)}
 
 
 def write_chunks(

@@ -25,6 +25,7 @@ from ckpt_core.errors import ArgumentError, DamagedError, ExportExistsError, Mis
 from ckpt_core.export import work as works
 from ckpt_core.export.assets import CONFIG_NAME, Assets, read_assets
 from ckpt_core.export.chunks import Part, files_of, write_chunks, write_metadata
+from ckpt_core.export.computed import write_computed
 from ckpt_core.export.conversion import (
     _disk,  # pyright: ignore[reportPrivateUsage] - a full disk means the same both ways
     check_free,
@@ -114,41 +115,49 @@ def import_hf(
             made = work.root / "checkpoint"
             _write_assets(made / ASSETS_NAME, assets, intake, dtype)
             _check_twins(weights, intake)
-            files = files_of(intake.outputs, max_file_bytes)
-            care = _Writing(weights, intake, made, allow_nonfinite, progress or _ignore)
-            spans = care.write_all(files, workers or count_workers(remote=not isinstance(weights.place, Path)))
-            write_metadata(made, _by_name(files, spans), MODEL_KEY)
+            jobs = {n: (weights, parts) for n, parts in files_of(intake.outputs, max_file_bytes).items()}
+            if intake.computed:
+                names = [output.name for output in intake.computed]
+                own = write_computed(work.root / "computed.safetensors", intake.architecture, assets.config, names)
+                more = files_of(intake.computed, max_file_bytes, first=len(jobs))
+                jobs |= {name: (own, parts) for name, parts in more.items()}
+            writing = _Writing(intake, made, allow_nonfinite, progress or _ignore)
+            chunks = writing.write_all(jobs, workers or count_workers(remote=not isinstance(weights.place, Path)))
+            write_metadata(made, {name: chunks[name] for name in intake.names}, MODEL_KEY)
             _check_unchanged(weights, identities)
             _finish(work, made, target, overwrite=overwrite)
         finally:
             works.remove(work)
-    return Import(target, intake.architecture, len(intake.outputs), intake.nbytes, intake.rules)
+    return Import(target, intake.architecture, len(intake.names), intake.nbytes, intake.rules)
 
 
 class _Writing:
     """The files of a checkpoint, written several at once."""
 
-    def __init__(
-        self, weights: HfWeights, intake: Intake, directory: Path, allow_nonfinite: bool, progress: Progress
-    ) -> None:
-        self._weights, self._layouts, self._directory = weights, intake.layouts, directory
-        self._allow_nonfinite = allow_nonfinite
+    def __init__(self, intake: Intake, directory: Path, allow_nonfinite: bool, progress: Progress) -> None:
+        self._layouts, self._directory, self._allow_nonfinite = intake.layouts, directory, allow_nonfinite
         self._progress, self._total, self._done, self._lock = progress, intake.nbytes, 0, Lock()
 
-    def write_all(self, files: Mapping[str, list[Part]], workers: int) -> dict[str, list[Span]]:
-        """Write all files until one fails; return where the chunks of each lie."""
+    def write_all(
+        self, jobs: Mapping[str, tuple[HfWeights, list[Part]]], workers: int
+    ) -> dict[str, list[tuple[Part, Span]]]:
+        """Write files, by their names, until one fails; return the chunks of each tensor."""
         self._progress(0, self._total)
+        found: dict[str, list[tuple[Part, Span]]] = {}
         with ThreadPoolExecutor(workers, thread_name_prefix="ckpt-import") as pool:
-            futures = {name: pool.submit(self._write, name, parts) for name, parts in files.items()}
+            futures = [pool.submit(self._write, name, *job) for name, job in jobs.items()]
             try:
-                return {name: future.result() for name, future in futures.items()}
+                for part, span in (chunk for future in futures for chunk in future.result()):
+                    found.setdefault(part.output.name, []).append((part, span))
             finally:
                 pool.shutdown(cancel_futures=True)
+        return found
 
-    def _write(self, name: str, parts: list[Part]) -> list[Span]:
-        with HfStored(self._weights, self._layouts) as stored:
+    def _write(self, name: str, weights: HfWeights, parts: list[Part]) -> list[tuple[Part, Span]]:
+        with HfStored(weights, self._layouts) as stored:
             path, allow = self._directory / name, self._allow_nonfinite
-            return write_chunks(path, parts, stored, allow_nonfinite=allow, written=self._add)
+            spans = write_chunks(path, parts, stored, allow_nonfinite=allow, written=self._add)
+        return list(zip(parts, spans, strict=True))
 
     def _add(self, nbytes: int) -> None:
         with self._lock:
@@ -159,9 +168,10 @@ class _Writing:
 def _write_assets(directory: Path, assets: Assets, intake: Intake, dtype: str | None) -> None:
     directory.mkdir(parents=True)
     config = {**assets.config, "architectures": [intake.architecture]}
-    if dtype:
-        config = {name: value for name, value in config.items() if name != "torch_dtype"}  # the old name of dtype
+    if dtype:  # configs within the config have one each
+        config |= {n: {**v, "dtype": dtype} for n, v in config.items() if isinstance(v, dict) and "model_type" in v}
         config["dtype"] = dtype
+        config.pop("torch_dtype", None)  # the old name of dtype
     durable.write_new(directory / CONFIG_NAME, (json.dumps(dict(sorted(config.items())), indent=2) + "\n").encode())
     for name, data in assets.files.items():
         durable.write_new(directory / name, data)
@@ -183,15 +193,6 @@ def _check_twins(weights: HfWeights, intake: Intake) -> None:
                     f"{weights.place}: {twin} and {kept} differ, and the config ties them; set tie_word_embeddings "
                     "to false in the config if they were trained apart."
                 )
-
-
-def _by_name(files: Mapping[str, list[Part]], spans: Mapping[str, list[Span]]) -> dict[str, list[tuple[Part, Span]]]:
-    """Return the chunks of each tensor."""
-    found: dict[str, list[tuple[Part, Span]]] = {}
-    for file, parts in files.items():
-        for part, span in zip(parts, spans[file], strict=True):
-            found.setdefault(part.output.name, []).append((part, span))
-    return found
 
 
 def _check_unchanged(weights: HfWeights, identities: Mapping[str, Identity]) -> None:

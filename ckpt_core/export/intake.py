@@ -1,9 +1,12 @@
 """What a DCP checkpoint made of a Hugging Face directory will hold, and of what, decided from headers alone."""
 
+# transformers is only partly annotated.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +17,7 @@ from ckpt_core.export.plan import (
     Output,
     _rearranged,  # pyright: ignore[reportPrivateUsage] - the same sentences both ways
 )
-from ckpt_core.export.recipe import Recipe
+from ckpt_core.export.recipe import Recipe, copy_of
 from ckpt_core.export.trace import inverted
 from ckpt_core.format import dtypes
 from ckpt_core.format.index import Index, Shape
@@ -29,10 +32,18 @@ _COMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
 
 @dataclass(frozen=True)
 class Intake:
-    """The tensors of a model, in the order of its state dict, tied ones under each name."""
+    """The tensors of a model, tied ones under each name."""
 
     architecture: str
+    names: list[str]
+    """Of all tensors, in the order of the model's state dict."""
+
     outputs: list[Output]
+    """Those that are made of stored ones."""
+
+    computed: list[Output]
+    """Those that the model computes when it is made: as they are not stored, each is made of one of its own name."""
+
     layouts: Mapping[str, Shape]
     """The shape in which the outputs' recipes see each stored tensor."""
 
@@ -45,7 +56,7 @@ class Intake:
     @property
     def nbytes(self) -> int:
         """Size of all tensors in bytes."""
-        return sum(output.nbytes for output in self.outputs)
+        return sum(output.nbytes for output in (*self.outputs, *self.computed))
 
 
 def plan_intake(
@@ -83,8 +94,10 @@ def plan_intake(
     ]
     rules += _rearranged(recipes)
     rules += [f"cast: {pair}" for pair in sorted({f"{o.stored} to {o.dtype}" for o in outputs if o.casts})]
+    computed = _computed(architecture, outputs, dtype)
+    rules += [f"computed: {output.name}, which the model makes by itself" for output in computed]
     layouts = {name: architecture.recipes[exported].layout for exported, name in names.first.items()}
-    return Intake(architecture.name, outputs, layouts, names.twins, tuple(rules))
+    return Intake(architecture.name, list(architecture.shapes), outputs, computed, layouts, names.twins, tuple(rules))
 
 
 @dataclass(frozen=True)
@@ -147,16 +160,15 @@ def _names(stored: Mapping[str, Any], architecture: Architecture, table: Table, 
     wanted = {name: [name, *_tied(recipe, architecture)] for name, recipe in architecture.recipes.items()}
     known = {name for alternatives in wanted.values() for name in alternatives}
     cls = named_class(architecture.name)
-    read_as = _based(stored, known, cls.base_model_prefix)
+    read_as = _read_as(stored, known, cls.base_model_prefix)
     passed = [re.compile(pattern) for pattern in (*_COMPUTED, *(cls._keys_to_ignore_on_load_unexpected or ()))]
+    passed += [re.compile(f"^{re.escape(name)}$") for name in architecture.unsaved]
     unread = [new for new in read_as if new not in known and any(pattern.search(new) for pattern in passed)]
     kept = [name for name in read_as if name not in unread]
     names = resolve(kept, wanted, table, model=architecture.name, where=where)
     _check_leftovers([name for name in kept if not table.drops(name)], names, architecture, where)
     found = {name: [names.stored[n] for n in may if n in names.stored] for name, may in wanted.items()}
     rules = [*names.rules, *(f"dropped: {read_as[name]}, which {architecture.name} does not read" for name in unread)]
-    if any(new != name for new, name in read_as.items()):
-        rules.append(f"names: of {cls.base_model_prefix!r} alone, which stands in front of them in the model")
     return _Names(
         {name: read_as[found[name][0]] for name in wanted},
         [(read_as[twin], read_as[first]) for first, *twins in found.values() for twin in twins],
@@ -169,10 +181,24 @@ def _tied(recipe: Recipe, architecture: Architecture) -> list[str]:
     return [t for t, s in architecture.ties.items() if recipe.straight and recipe.sources == (s,)]
 
 
-def _based(stored: Mapping[str, Any], known: set[str], base: str) -> dict[str, str]:
-    """Return the stored name of each name as it is read: one of the base model's may be stored without its prefix."""
-    prefix = base + "."
-    read_as = {prefix + n if n not in known and prefix + n in known else n: n for n in stored}
+def _read_as(stored: Collection[str], known: set[str], base: str) -> dict[str, str]:
+    """Return the stored name of each name as it is read.
+
+    Names that are not known are tried as transformers tries them: with parts of them as they are called today, and
+    with what stands in front of the names of the base model.
+    """
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    renamings = get_checkpoint_conversion_mapping("legacy") or []
+
+    def tried(name: str) -> Iterator[str]:
+        today = name
+        for renaming in renamings:
+            today = renaming.rename_source_key(today)[0]
+        for front in ("", f"{base}."):
+            yield from (front + name, front + today)
+
+    read_as = {next((new for new in tried(name) if new in known), name): name for name in stored}
     return read_as if len(read_as) == len(stored) else {name: name for name in stored}
 
 
@@ -223,3 +249,14 @@ def _output(
     loaded = architecture.dtypes[name]
     cast = dtype is not None and stored in dtypes.FLOATING and loaded in dtypes.FLOATING
     return Output(name, loaded if cast else stored, stored, recipe)
+
+
+def _computed(architecture: Architecture, outputs: Sequence[Output], dtype: str | None) -> list[Output]:
+    """Return the tensors that no export has, of the type that the model has, or is cast to."""
+    floating = [output.dtype for output in outputs if output.dtype in dtypes.FLOATING]
+    commonest = max(dict.fromkeys(floating), key=floating.count, default="float32")
+    return [
+        Output(name, architecture.dtypes[name] if dtype else commonest, "float32", copy_of(name, shape))
+        for name, shape in architecture.shapes.items()
+        if name in architecture.unsaved
+    ]

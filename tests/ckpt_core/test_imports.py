@@ -86,7 +86,8 @@ class TestWhatIsMade:
         made = import_hf(source, tmp_path / "dcp")
         other = model_of(name, seed=1)
         load_checkpoint(other, str(made.path))
-        assert_same(dict(other.state_dict()), dict(model.state_dict()))
+        loaded = type(model).from_pretrained(source)
+        assert_same(dict(other.state_dict()), dict(loaded.state_dict()))
         save_checkpoint(model, str(tmp_path / "saved"))
         found, expected = read_index(made.path), read_index(tmp_path / "saved")
         assert list(found.paths.items()) == list(expected.paths.items())
@@ -166,7 +167,16 @@ class TestWhatIsMade:
         assert (told[0], told[-1]) == ((0, made.nbytes), (made.nbytes, made.nbytes))
         assert told == sorted(told)
 
-    @pytest.mark.parametrize(("name", "dtype"), [("llama tied", "bfloat16"), ("t5", "float16"), ("clap", "bfloat16")])
+    @pytest.mark.parametrize(
+        ("name", "dtype"),
+        [
+            ("llama tied", "bfloat16"),
+            ("t5", "float16"),
+            ("clap", "bfloat16"),
+            ("llava", "bfloat16"),
+            ("marian", "bfloat16"),
+        ],
+    )
     def test_a_cast_is_that_of_from_pretrained(self, tmp_path: Path, name: str, dtype: str) -> None:
         """A cast gives what from_pretrained gives in that dtype: integers stay, and what has to be float32."""
         model = model_of(name)
@@ -174,7 +184,8 @@ class TestWhatIsMade:
         made = import_hf(source, tmp_path / "dcp", dtype=dtype)
         expected = type(model).from_pretrained(source, dtype=getattr(torch, dtype))
         assert_same(state_of(made.path), dict(expected.state_dict()))
-        assert read_json(made.path / "assets" / "config.json")["dtype"] == dtype
+        again = save_pretrained(expected, tmp_path / "again")
+        assert read_json(made.path / "assets" / "config.json") == read_json(again / "config.json")
         assert f"cast: float32 to {dtype}" in made.rules
 
 
@@ -188,8 +199,19 @@ class TestNames:
         bare = copy_with(source, tmp_path / "bare", lambda state: rename(state, r"^transformer\.", ""))
         made = import_hf(bare, tmp_path / "dcp")
         assert_same(state_of(made.path), dict(model.state_dict()))
-        assert "names: of 'transformer' alone, which stands in front of them in the model" in made.rules
+        assert "renamed: h.*.attn.c_attn.weight to transformer.h.*.attn.c_attn.weight" in made.rules
         assert "h.0.attn.c_attn.weight" in load_file(bare / WEIGHTS)
+
+    def test_those_of_long_ago(self, tmp_path: Path) -> None:
+        """Names that transformers itself reads as others, such as gamma and beta, are read so here."""
+        source = save_pretrained(model_of("bert"), tmp_path / "hf")
+
+        def change(state: Tensors) -> None:
+            rename(state, r"LayerNorm\.weight", "LayerNorm.gamma")
+            rename(state, r"LayerNorm\.bias", "LayerNorm.beta")
+
+        made = import_hf(copy_with(source, tmp_path / "old", change), tmp_path / "dcp")
+        assert_same(state_of(made.path), dict(model_of("bert").state_dict()))
 
     def test_a_prefix_that_nobody_has(self, tmp_path: Path, llama: Path) -> None:
         """What torch's wrappers put in front of names is removed, and said."""
@@ -237,6 +259,17 @@ class TestNames:
         made = import_hf(copy_with(source, tmp_path / "old", lambda s: s.update(positions)), tmp_path / "dcp")
         assert_same(state_of(made.path), dict(model_of("bert").state_dict()))
         assert "dropped: bert.embeddings.position_ids, which BertForMaskedLM does not read" in made.rules
+
+    def test_what_models_compute_is_made(self, tmp_path: Path) -> None:
+        """Tensors that a model makes by itself, and never stores, are made, whether somebody stored them or not."""
+        source = save_pretrained(model_of("marian"), tmp_path / "hf")
+        name = "model.encoder.embed_positions.weight"
+        stored = copy_with(source, tmp_path / "stored", lambda s: s.update({name: torch.ones(1)}))
+        for number, place in enumerate((source, stored)):
+            made = import_hf(place, tmp_path / f"dcp{number}")
+            assert f"computed: {name}, which the model makes by itself" in made.rules
+            expected = type(model_of("marian")).from_pretrained(source).state_dict()
+            assert_same(state_of(made.path), dict(expected))
 
     def test_without_architectures(self, tmp_path: Path) -> None:
         """A config without `architectures` means the first class whose exported names fit; none is an error."""
