@@ -30,6 +30,9 @@ def convert(
 ) -> dict[str, Any]:
     """Check a checkpoint, convert it to safetensors, and check what came out.
 
+    Run again after any stop, it writes only the files that were not finished. A script that calls it does so below
+    `if __name__ == "__main__":`, as every process that writes files imports the script.
+
     Args:
         checkpoint: URL or path of a committed step, <store>/<run>/step_NNNNNNNNNN; config and tokenizer are in it.
         output: the directory to make; empty means <store>/<run>/exports/<step>.

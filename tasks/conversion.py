@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -13,7 +14,7 @@ from prefect.futures import as_completed
 from prefect.task_runners import TaskRunner
 
 from ckpt_core import open_checkpoint
-from ckpt_core.errors import CkptError, CommitError
+from ckpt_core.errors import ArgumentError, CkptError, CommitError
 from tasks import artifacts
 from tasks.config import ExportSettings
 from tasks.launch import run_job
@@ -70,9 +71,18 @@ def begin(request: dict[str, Any]) -> dict[str, Any]:
 
 @task(task_run_name="write {name}")
 def write_file(target: str, name: str) -> None:
-    """Write one file of a conversion that was begun, in any process on the same file system."""
+    """Write one file of a conversion that was begun, in any process on the same file system.
+
+    Raises:
+        ArgumentError: this process is on another one.
+    """
     from ckpt_core.export import convert_shard
 
+    if not Path(target).parent.is_dir():
+        raise ArgumentError(
+            f"{Path(target).parent}: not on {socket.gethostname()}, which is to write {name}; mount it there at "
+            "the same path, or leave export.dask_address empty."
+        )
     convert_shard(Path(target), name)
 
 
@@ -90,6 +100,8 @@ def _write_all(runner: TaskRunner[Any], target: str, names: Sequence[str]) -> No
             mapped = runner.map(write_file, parameters)  # pyright: ignore[reportArgumentType] - "Task" is invariant
             for written in as_completed(mapped):
                 written.result()
+    except CommitError:  # another conversion took over, and what lies there is its own
+        raise
     except CkptError:
         _abandon(target)
         raise

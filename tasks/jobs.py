@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckpt_core import open_checkpoint
-from ckpt_core.errors import ArgumentError, CkptError, ExportExistsError
+from ckpt_core.errors import ArgumentError, CkptError, CommitError, ExportExistsError
 from ckpt_core.store import local_path
 from tasks.child import child_main
 from tasks.config import ModelSettings
@@ -76,6 +76,8 @@ def convert(request: Request) -> dict[str, Any]:
     try:
         for name in undone:
             convert_shard(target, name)
+    except CommitError:  # another conversion took over, and what lies there is its own
+        raise
     except CkptError:
         abandon_conversion(target)
         raise

@@ -1,0 +1,85 @@
+"""The convert flow's files, written by the workers of a real Dask cluster on this machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Thread
+
+import pytest
+import torch
+from distributed import Client, LocalCluster
+from small_convert import SMALL_FILES, converting, task_names, weights
+from small_retrain import file_digests, tiny_model
+
+from ckpt_core import PyTorchCheckpoint
+from tasks.config import ExportSettings
+
+pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("prefect_home")]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[LocalCluster]:
+    """Two worker processes, and no dashboard, whose port may be taken."""
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        yield cluster
+
+
+def on_dask(cluster: LocalCluster) -> ExportSettings:
+    """Return settings for several files, written on the cluster."""
+    return ExportSettings(max_shard_megabytes=SMALL_FILES, dask_address=cluster.scheduler_address)
+
+
+def test_several_files_are_written_by_a_cluster(cluster: LocalCluster, checkpoint: Path, tmp_path: Path):
+    """Both workers write, each file is a task run, and what comes out is what processes make."""
+    target = tmp_path / "export"
+    state = converting(str(checkpoint), str(target), on_dask(cluster), return_state=True)
+    assert state.is_completed(), state.message
+    written = {f"write {file.name}": "Completed" for file in weights(target)}
+    assert len(written) > 4
+    assert task_names(state.state_details.flow_run_id).items() >= written.items()
+    with Client(cluster) as client:
+        assert client.run(lambda: "ckpt_core.export.work" in sys.modules).keys() == client.nthreads().keys()
+        assert all(client.run(lambda: "ckpt_core.export.work" in sys.modules).values())
+    elsewhere = tmp_path / "elsewhere"
+    converting(str(checkpoint), str(elsewhere), ExportSettings(max_shard_megabytes=SMALL_FILES))
+    assert file_digests(elsewhere) == file_digests(target)
+
+
+def test_a_worker_that_dies_is_replaced(cluster: LocalCluster, checkpoint: Path, tmp_path: Path):
+    """The scheduler gives its files to the others, and the flow run does not notice."""
+    target, finished = tmp_path / "export", []
+    killer = Thread(target=kill_a_worker, args=[cluster, tmp_path / ".converting-export", finished])
+    killer.start()
+    state = converting(str(checkpoint), str(target), on_dask(cluster), return_state=True)
+    killer.join()
+    assert state.is_completed(), state.message
+    assert 0 < len(finished) < len(weights(target))
+
+
+def kill_a_worker(cluster: LocalCluster, work: Path, finished: list[Path]) -> None:
+    """Kill one of a cluster's two workers as soon as a file of a conversion is finished; tell which are by then."""
+    deadline = time.monotonic() + 300
+    while not (work / "done").is_dir() or not any((work / "done").iterdir()):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    os.kill(cluster.workers[0].pid, signal.SIGKILL)
+    finished += (work / "done").iterdir()
+
+
+def test_an_error_in_one_file_is_the_flow_s(cluster: LocalCluster, tmp_path: Path, tokenizer: str):
+    """A NaN fails the flow run with the error's name and text, and nothing has the target's name."""
+    model = tiny_model(tokenizer)
+    with torch.no_grad():
+        model.model.norm.weight[3] = torch.nan
+    saved = PyTorchCheckpoint(model).save(tmp_path / "store", run="tiny", step=4, assets=tokenizer)
+    state = converting(str(saved.url), str(tmp_path / "export"), on_dask(cluster), return_state=True)
+    assert state.is_failed()
+    assert "DamagedError: " in state.message
+    assert "model.norm.weight" in state.message
+    assert "NaN" in state.message
+    assert not (tmp_path / "export").exists()
