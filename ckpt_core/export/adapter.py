@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from ckpt_core.errors import MismatchError
@@ -73,7 +74,7 @@ class Adapter:
         """Return the parts of some kinds."""
         return [part for part in self.parts if part.kind in kinds]
 
-    @property
+    @cached_property
     def pairs(self) -> dict[str, tuple[str, str]]:
         """Return the stored names of the factors `lora_A` and `lora_B`, or those of an embedding, by module."""
         found: dict[str, dict[str, str]] = {}
@@ -83,14 +84,15 @@ class Adapter:
                 found.setdefault(part.module, {})[side[-1]] = part.stored
         return {module: (sides.get("A", ""), sides.get("B", "")) for module, sides in found.items()}
 
-    def is_embedding(self, module: str) -> bool:
-        """Whether a module's factors are those of an embedding."""
-        return any(part.module == module and "embedding" in part.leaf for part in self.of("factor"))
+    @cached_property
+    def embeddings(self) -> frozenset[str]:
+        """The modules whose factors are those of an embedding."""
+        return frozenset(part.module for part in self.of("factor") if "embedding" in part.leaf)
 
 
 def has_adapter(index: Index, table: Table) -> bool:
     """Whether a checkpoint holds an adapter that the table of names does not drop."""
-    return any(_part(name, index, table).kind == "factor" for name in _candidates(index, table))
+    return any("lora_" in n and _part(n, index, table).kind == "factor" for n in _candidates(index, table))
 
 
 def find_adapter(index: Index, config: AdapterConfig, table: Table, where: str) -> Adapter:
@@ -101,8 +103,8 @@ def find_adapter(index: Index, config: AdapterConfig, table: Table, where: str) 
     """
     candidates = _candidates(index, table)
     parts = tuple(_part(name, index, table) for name in candidates)
-    ignored = tuple(name for name in (*index.tensors, *index.values) if name not in set(candidates))
-    adapter = Adapter(config, parts, ignored)
+    known = set(candidates)
+    adapter = Adapter(config, parts, tuple(name for name in (*index.tensors, *index.values) if name not in known))
     names = sorted({part.adapter or "" for part in adapter.of("factor", "trained")})
     if len(names) > 1:
         raise MismatchError(
@@ -152,12 +154,11 @@ def _check_fits(adapter: Adapter, index: Index, where: str) -> None:
                 f"{where}: {module} has an adapter, but {config.where} does not name it in target_modules; give the "
                 "config that it was trained with."
             )
-        found = (index.tensors[a].shape[0], index.tensors[b].shape[1])
-        rank = config.rank(module)
-        if found != (rank, rank):
+        shapes, rank = (index.tensors[a].shape, index.tensors[b].shape), config.rank(module)
+        if (shapes[0][:1], shapes[1][1:2]) != ((rank,), (rank,)):
             raise MismatchError(
-                f"{where}: the factors of {module} have rank {found[0]} and {found[1]}, {config.where} says {rank}; "
-                "give the config that it was trained with."
+                f"{where}: the factors of {module} have the shapes {shapes[0]} and {shapes[1]}, {config.where} says "
+                f"rank {rank}, so {rank} rows and {rank} columns; give the config that it was trained with."
             )
     for name in config.target_names:
         if not any(module == name or module.endswith(f".{name}") for module in adapter.pairs):

@@ -64,6 +64,13 @@ class AdapterConfig:
                     f"{'merge_and_unload' if merge else 'save_pretrained'}."
                 )
 
+    @property
+    def base(self) -> str:
+        """The class of the model below, or where it came from, as far as the config says it."""
+        mapping: Any = self.fields.get("auto_mapping")
+        cls = cast("dict[str, Any]", mapping).get("base_model_class") if isinstance(mapping, dict) else None
+        return str(cls or self.fields.get("base_model_name_or_path") or "a model")
+
     def rank(self, module: str) -> int:
         """Return the rank of a module's factors."""
         return self._number("r", "rank_pattern", module, int)

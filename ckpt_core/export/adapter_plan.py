@@ -42,14 +42,12 @@ def plan_adapter(index: Index, adapter: Adapter, *, dtype: str | None, where: st
     outputs = [_output(part.exported, part.stored, index, dtype, where) for part in kept]
     _check_names_differ(outputs, where)
     rules = [f"adapter: {len(adapter.pairs)} modules with factors, of {len(outputs)} tensors, in PEFT's layout"]
-    if not all(PREFIX in part.stored for part in kept):
-        rules.append(f"names: {PREFIX!r} put in front")
-    rules += _dropped(adapter, kept)
+    rules += [*_renamed(kept), *_dropped(adapter, kept)]
     rules += [f"cast: {pair}" for pair in sorted({f"{o.stored} to {o.dtype}" for o in outputs if o.casts})]
     used = {part.stored: index.tensors[part.stored] for part in kept}
-    base = (adapter.config.fields.get("auto_mapping") or {}).get("base_model_class")
-    name = f"LoRA adapter of {base or adapter.config.fields.get('base_model_name_or_path') or 'a model'}"
-    return Plan(name, {ADAPTER_WEIGHTS_NAME: in_file_order(outputs)}, (), used, tuple(rules))
+    return Plan(
+        f"LoRA adapter of {adapter.config.base}", {ADAPTER_WEIGHTS_NAME: in_file_order(outputs)}, (), used, tuple(rules)
+    )
 
 
 def plan_merged(
@@ -86,6 +84,8 @@ def plan_merged(
         )
     ignored = {name: index.tensors[name] for name in adapter.ignored if name in index.tensors}
     base = Index({**tensors, **ignored}, index.values)
+    if any(str(name).startswith("PeftModel") for name in config.get("architectures") or []):
+        config = {name: value for name, value in config.items() if name != "architectures"}  # of the model around it
     architecture = find_architecture(config, base, dtype)
     plan = make_plan(base, architecture, dtype=dtype, max_shard_bytes=max_shard_bytes, table=table, where=where)
     merge = _Merge(index, adapter, architecture, _conv1d(architecture.name, config), targets, plain, where)
@@ -152,7 +152,7 @@ class _Merge:
                 f"{self.where}: {module} is {output.recipe.kind} in the export, and updates of such weights are not "
                 "merged; export the adapter as it is."
             )
-        embedding = self.adapter.is_embedding(module)
+        embedding = module in self.adapter.embeddings
         turned = embedding or name.removesuffix(".weight") in self.conv1d
         rank, factors = self.adapter.config.rank(module), (self.index.tensors[a], self.index.tensors[b])
         outputs, inputs = output.shape[::-1] if turned else output.shape
@@ -213,6 +213,15 @@ def _output(name: str, stored: str, index: Index, dtype: str | None, where: str)
         raise MismatchError(f"{where}: {stored} is of {entry.dtype}, which safetensors cannot hold.")
     cast = dtype is not None and entry.dtype in dtypes.FLOATING
     return Output(name, dtype if cast and dtype else entry.dtype, entry.dtype, copy_of(stored, entry.shape))
+
+
+def _renamed(kept: Iterable[Part]) -> list[str]:
+    """Say what was done to the names of an adapter's tensors."""
+    fronts = {part.stored.rpartition(PREFIX)[0] for part in kept if PREFIX in part.stored} - {""}
+    rules = [f"names: {front!r} removed from the front" for front in sorted(fronts)]
+    rules += [f"names: {PREFIX!r} put in front"] if not all(PREFIX in part.stored for part in kept) else []
+    adapters = sorted({part.adapter for part in kept if part.adapter})
+    return rules + [f"names: {adapter!r}, the adapter's name, removed from within" for adapter in adapters]
 
 
 def _dropped(adapter: Adapter, kept: Iterable[Part]) -> list[str]:

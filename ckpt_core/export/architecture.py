@@ -8,11 +8,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ckpt_core.errors import MismatchError
-from ckpt_core.export.recipe import Recipe
+from ckpt_core.export.recipe import Recipe, copy_of
+from ckpt_core.format import dtypes
 from ckpt_core.format.index import Index, Shape
 
 _AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel")
@@ -40,6 +41,28 @@ class Architecture:
 
     dtypes: Mapping[str, str]
     """Type of each tensor where transformers loads the model in the type that was asked for."""
+
+    def as_stored(self) -> Architecture:
+        """Return the same model seen from the names of its export: some frameworks save under those."""
+        shown = {recipe.sources[0]: name for name, recipe in self.recipes.items() if recipe.straight}
+        ties = {target: shown[source] for target, source in self.ties.items() if source in shown}
+        shapes = {name: recipe.shape for name, recipe in self.recipes.items()}
+        kinds = {
+            name: max((self.dtypes[source] for source in recipe.sources), key=_width, default="float32")
+            for name, recipe in self.recipes.items()
+        }
+        return replace(
+            self,
+            shapes={**shapes, **{target: shapes[source] for target, source in ties.items()}},
+            ties=ties,
+            recipes={name: copy_of(name, shape) for name, shape in shapes.items()},
+            padded=frozenset(shown[name] for name in self.padded if name in shown),
+            dtypes={**kinds, **{target: kinds[source] for target, source in ties.items()}},
+        )
+
+
+def _width(dtype: str) -> int:
+    return dtypes.ITEMSIZE[dtype]
 
 
 def find_architecture(config: Mapping[str, Any], index: Index, dtype: str | None = None) -> Architecture:

@@ -6,7 +6,7 @@ import errno
 import json
 import os
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -187,7 +187,13 @@ def plan_export(
             f"{where}: holds no LoRA adapter, and there is no config of a model; give one with --model."
         )
     architecture = find_architecture(assets.config, index, dtype)
-    return make_plan(index, architecture, dtype=dtype, max_shard_bytes=max_shard_bytes, table=table, where=where)
+    settings: dict[str, Any] = {"dtype": dtype, "max_shard_bytes": max_shard_bytes, "table": table, "where": where}
+    try:
+        return make_plan(index, architecture, **settings)
+    except MismatchError:
+        with suppress(MismatchError):  # of the two errors the first says more
+            return make_plan(index, architecture.as_stored(), **settings)
+        raise
 
 
 def model_of(checkpoint: Checkpoint) -> Place:

@@ -64,6 +64,7 @@ class Updated:
         self._left, self._right = (a.t(), b.t()) if update.turned else (b, a)
         self._factor_dtype = getattr(torch, update.dtype)
         self._done = 0
+        self._last: tuple[int, Tensor] | None = None
 
     def next(self, block: Words) -> Words:
         """Return the next block with its update; the one given is changed."""
@@ -81,11 +82,13 @@ class Updated:
     def _rows(self, first: int, last: int) -> Iterator[Tensor]:
         """Yield the update of rows, tile by tile."""
         for tile in range(first - first % _TILE_ROWS, last, _TILE_ROWS):
-            rows = self._tile(max(0, min(tile, self._shape[0] - _TILE_ROWS)), tile)
-            yield rows[max(0, first - tile) : last - tile]
+            if self._last is None or self._last[0] != tile:
+                self._last = tile, self._tile(tile)
+            yield self._last[1][max(0, first - tile) : last - tile]
 
-    def _tile(self, begin: int, tile: int) -> Tensor:
-        """Return the update of the rows from `tile`; the last tile begins earlier, to have as many rows as others."""
+    def _tile(self, tile: int) -> Tensor:
+        """Return the update of the rows from `tile`; the last product begins earlier, to have as many rows as all."""
+        begin = max(0, min(tile, self._shape[0] - _TILE_ROWS))
         product = self._left[begin : tile + _TILE_ROWS] @ self._right
         return (product * self._update.scaling).to(self._factor_dtype)[tile - begin :]
 

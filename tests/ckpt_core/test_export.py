@@ -391,6 +391,16 @@ class TestSources:
         expected = convert(llama[0], tmp_path / "expected", assets=llama[1])
         assert (export.path / WEIGHTS).read_bytes() == (expected.path / WEIGHTS).read_bytes()
 
+    @pytest.mark.parametrize("name", ["mixtral", "llava"])
+    def test_names_may_be_those_of_the_export(self, tmp_path: Path, name: str) -> None:
+        """A checkpoint that holds each expert by itself, as Hugging Face stores it, gives the same files."""
+        model = model_of(name)
+        directory, assets = checkpoint_of(model, tmp_path / "saved")
+        expected = convert(directory, tmp_path / "expected", assets=assets)
+        io.save({"model": load_file(expected.path / WEIGHTS)}, tmp_path / "dcp")
+        export = convert(tmp_path / "dcp", tmp_path / "export", assets=assets)
+        assert (export.path / WEIGHTS).read_bytes() == (expected.path / WEIGHTS).read_bytes()
+
     @pytest.mark.parametrize(
         ("model", "optimizer"),
         [("app.model.", "app.optimizer."), ("model.", "optimizer_0."), ("", "optim."), ("state_dict.", "optimizer.")],
