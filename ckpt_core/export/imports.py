@@ -115,12 +115,7 @@ def import_hf(
             made = work.root / "checkpoint"
             _write_assets(made / ASSETS_NAME, assets, intake, dtype)
             _check_twins(weights, intake)
-            jobs = {n: (weights, parts) for n, parts in files_of(intake.outputs, max_file_bytes).items()}
-            if intake.computed:
-                names = [output.name for output in intake.computed]
-                own = write_computed(work.root / "computed.safetensors", intake.architecture, assets.config, names)
-                more = files_of(intake.computed, max_file_bytes, first=len(jobs))
-                jobs |= {name: (own, parts) for name, parts in more.items()}
+            jobs = _jobs(weights, intake, assets, work.root, max_file_bytes)
             writing = _Writing(intake, made, allow_nonfinite, progress or _ignore)
             chunks = writing.write_all(jobs, workers or count_workers(remote=not isinstance(weights.place, Path)))
             write_metadata(made, {name: chunks[name] for name in intake.names}, MODEL_KEY)
@@ -131,6 +126,21 @@ def import_hf(
     return Import(target, intake.architecture, len(intake.names), intake.nbytes, intake.rules)
 
 
+Job = tuple[HfWeights, list[Part]]
+"""The chunks of one file, and the weights that they are made of."""
+
+
+def _jobs(weights: HfWeights, intake: Intake, assets: Assets, scratch: Path, max_file_bytes: int) -> dict[str, Job]:
+    """Return what is to be written to each file; what the model computes is put into `scratch` first."""
+    jobs: dict[str, Job] = {n: (weights, parts) for n, parts in files_of(intake.outputs, max_file_bytes).items()}
+    if not intake.computed:
+        return jobs
+    names = [output.name for output in intake.computed]
+    computed = write_computed(scratch / "computed.safetensors", intake.architecture, assets.config, names)
+    more = files_of(intake.computed, max_file_bytes, first=len(jobs))
+    return jobs | {name: (computed, parts) for name, parts in more.items()}
+
+
 class _Writing:
     """The files of a checkpoint, written several at once."""
 
@@ -138,9 +148,7 @@ class _Writing:
         self._layouts, self._directory, self._allow_nonfinite = intake.layouts, directory, allow_nonfinite
         self._progress, self._total, self._done, self._lock = progress, intake.nbytes, 0, Lock()
 
-    def write_all(
-        self, jobs: Mapping[str, tuple[HfWeights, list[Part]]], workers: int
-    ) -> dict[str, list[tuple[Part, Span]]]:
+    def write_all(self, jobs: Mapping[str, Job], workers: int) -> dict[str, list[tuple[Part, Span]]]:
         """Write files, by their names, until one fails; return the chunks of each tensor."""
         self._progress(0, self._total)
         found: dict[str, list[tuple[Part, Span]]] = {}

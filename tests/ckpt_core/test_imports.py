@@ -145,6 +145,14 @@ class TestWhatIsMade:
         assert read_index(made.path) == twin
         assert contents(made.path / "assets") == {n: d for n, d in contents(llama).items() if n != WEIGHTS}
 
+    def test_one_file_is_enough(self, tmp_path: Path, llama: Path) -> None:
+        """The path of a safetensors file means that file, with the config beside it, whatever else lies there."""
+        source = copy_with(llama, tmp_path / "hf")
+        (source / "other.safetensors").write_bytes((source / WEIGHTS).read_bytes())
+        refused(errors.DamagedError, "no index to say which", source, tmp_path / "out" / "dcp")
+        made = import_hf(source / WEIGHTS, tmp_path / "dcp")
+        assert_same(state_of(made.path), dict(model_of("llama").state_dict()))
+
     def test_two_ranks_load_it(self, tmp_path: Path) -> None:
         """Two ranks, with FSDP2 and with plain dcp.load into DTensors, get what one process has."""
         source = save_pretrained(model_of("llama tied"), tmp_path / "hf")
