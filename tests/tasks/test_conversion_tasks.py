@@ -12,7 +12,5 @@ from tasks.conversion import write_file
 
 def test_a_worker_without_the_file_system_is_named(tmp_path: Path):
     """The error says what is missing on which machine, and what to do."""
-    with pytest.raises(
-        ArgumentError, match=r"/exports: not on .*, which is to write model\.safetensors; mount"
-    ):
+    with pytest.raises(ArgumentError, match=r"/exports: not on .*, which is to write model\.safetensors; mount"):
         write_file.fn(str(tmp_path / "exports" / "step"), "model.safetensors")
