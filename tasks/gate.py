@@ -29,13 +29,19 @@ def compare_with_checkpoint(url: str, export: Path) -> list[Check]:
     restored = restore_model(url)
     exported, info = type(restored).from_pretrained(export, output_loading_info=True)
     checks = [_keys(name, info[f"{name}_keys"]) for name in ("missing", "unexpected", "mismatched")]
-    ours, theirs = dict(exported.named_parameters()), dict(restored.named_parameters())
-    for name, parameter in theirs.items():
-        parameter.data = parameter.data.to(ours[name].dtype)
+    ours, theirs = stored_tensors(exported), stored_tensors(restored)
+    for name, tensor in theirs.items():
+        tensor.data = tensor.data.to(ours[name].dtype)
     different = [name for name in theirs if not torch.equal(theirs[name], ours[name])]
     detail = f"{len(theirs)} tensors, bit for bit" if not different else f"differ: {', '.join(different[:5])}"
     checks.append(Check("tensors", not different, detail))
     return [*checks, _logits(exported, restored, export)]
+
+
+def stored_tensors(model: Any) -> dict[str, torch.Tensor]:
+    """Return the parameters of a model, and the buffers that are saved with it."""
+    saved = model.state_dict()
+    return {n: t for n, t in (*model.named_parameters(), *model.named_buffers()) if n in saved}
 
 
 def restore_model(url: str) -> Any:

@@ -12,10 +12,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ckpt_core.native_checkpoint import save_checkpoint
+from ckpt_core.native_checkpoint import load_checkpoint, save_checkpoint
 
 Mesh = tuple[int, ...]
 
@@ -45,10 +45,11 @@ def save(directory: Path, jobs: Iterable[tuple[str, str]], mesh: Mesh) -> None:
         save_checkpoint(model, str(place_of(directory, name, dtype)))
 
 
-def save_pretrained_model(source: Path, target: Path) -> None:
-    """Load a Hugging Face directory into a model that FSDP2 divides among all ranks, and save it."""
-    model = AutoModel.from_pretrained(source)
+def train_on(config: Path, imported: Path, target: Path) -> None:
+    """Load an imported checkpoint into a model that FSDP2 divides among all ranks, and save it."""
+    model = AutoModel.from_config(AutoConfig.from_pretrained(config))
     _divide_rows(model, init_device_mesh("cpu", (dist.get_world_size(),)))
+    load_checkpoint(model, str(imported))
     save_checkpoint(model, str(target))
 
 

