@@ -160,9 +160,9 @@ def _check_fits(adapter: Adapter, index: Index, where: str) -> None:
                 f"{where}: the factors of {module} have the shapes {shapes[0]} and {shapes[1]}, {config.where} says "
                 f"rank {rank}, so {rank} rows and {rank} columns; give the config that it was trained with."
             )
-    for name in config.target_names:
-        if not any(module == name or module.endswith(f".{name}") for module in adapter.pairs):
-            raise MismatchError(
-                f"{where}: {config.where} names {name!r} in target_modules, but no such module has an adapter; give "
-                "the config that it was trained with."
-            )
+    bare = next((p for p in adapter.of("other") if config.expects(p.module.removesuffix(".weight"))), None)
+    if bare is not None:
+        raise MismatchError(
+            f"{where}: {bare.stored} has no adapter, but {config.where} names its module in target_modules; give the "
+            "config that it was trained with."
+        )

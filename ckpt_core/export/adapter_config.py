@@ -31,6 +31,9 @@ _UNDERSTOOD = frozenset({
 _ONLY_NAMED = frozenset({"alora_invocation_tokens", "layer_replication", "lora_bias", "use_dora"})
 """Fields that change what an adapter does, but not how its tensors are named."""
 
+_LEAVING_OUT = ("exclude_modules", "layers_to_transform", "layers_pattern")
+"""Fields because of which a module that is named may have no factors."""
+
 _SUFFIXES = (".json", ".jinja", ".model", ".txt", ".md")
 """Of an adapter's config, of the files of a tokenizer, and of a description."""
 
@@ -85,17 +88,22 @@ class AdapterConfig:
         wanted = self.fields.get("target_modules")
         if isinstance(wanted, str):
             return wanted == "all-linear" or _matches(re.fullmatch, wanted, module, self.where)
-        return any(module == name or module.endswith(f".{name}") for name in self.target_names)
+        return any(module == name or module.endswith(f".{name}") for name in self._target_names)
+
+    def expects(self, module: str) -> bool:
+        """Whether a module must have factors: it is named, and nothing in the config may leave it out."""
+        may_be_left_out = any(self.fields.get(name) not in _OFF for name in _LEAVING_OUT)
+        return not may_be_left_out and self.fields.get("target_modules") != "all-linear" and self.targets(module)
 
     @property
-    def target_names(self) -> list[str]:
+    def _target_names(self) -> list[str]:
         """Ends of the names of the modules that have factors; none where they are told by a pattern."""
         wanted = self.fields.get("target_modules")
         return _names(wanted, "target_modules", self.where) if not isinstance(wanted, str) else []
 
     def keeps_base(self, module: str) -> bool:
         """Whether PEFT saves the frozen weight of a module that has factors with them, as it does with embeddings."""
-        named = isinstance(self.fields.get("target_modules"), str) or set(self.target_names) & set(_EMBEDDINGS)
+        named = isinstance(self.fields.get("target_modules"), str) or set(self._target_names) & set(_EMBEDDINGS)
         return bool(named) and module.rpartition(".")[2] in _EMBEDDINGS
 
     def trains(self, module: str) -> bool:
@@ -164,12 +172,13 @@ def _read(directory: Place) -> Assets:
     return Assets({}, {name: file.read_bytes() for name, file in found if name not in _NOT_CARRIED})
 
 
-def adapter_config(assets: Assets, where: str) -> AdapterConfig:
+def adapter_config(assets: Assets, where: str, *, merge: bool) -> AdapterConfig:
     """Return the adapter's config that is among `assets`.
 
     Raises:
         NotACheckpointError: there is none.
         DamagedError: it is not readable.
+        MismatchError: the adapter is of a kind that is not exported, or not merged if it is to be.
     """
     data = assets.files.get(ADAPTER_CONFIG_NAME)
     if data is None:
@@ -183,7 +192,9 @@ def adapter_config(assets: Assets, where: str) -> AdapterConfig:
         raise DamagedError(f"{ADAPTER_CONFIG_NAME}: not JSON ({error}); restore a copy.") from None
     if not isinstance(fields, dict):
         raise DamagedError(f"{ADAPTER_CONFIG_NAME}: a {type(fields).__name__}, expected an object; restore a copy.")
-    return AdapterConfig(ADAPTER_CONFIG_NAME, cast("dict[str, Any]", fields))
+    config = AdapterConfig(ADAPTER_CONFIG_NAME, cast("dict[str, Any]", fields))
+    config.check_supported(merge=merge)
+    return config
 
 
 def adapter_files(assets: Assets) -> dict[str, bytes]:

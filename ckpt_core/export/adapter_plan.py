@@ -18,9 +18,10 @@ from ckpt_core.export.names import Table
 from ckpt_core.export.plan import Output, Plan, Tie, in_file_order, make_plan
 from ckpt_core.export.recipe import copy_of
 from ckpt_core.format import dtypes
-from ckpt_core.format.index import Index
+from ckpt_core.format.index import Index, TensorEntry
 
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
+_MATRIX_AXES = 2
 _MERGED = frozenset({"float64", "float32", "float16", "bfloat16"})
 
 
@@ -36,7 +37,6 @@ def plan_adapter(index: Index, adapter: Adapter, *, dtype: str | None, where: st
     Raises:
         MismatchError: a tensor is missing, or of a type that safetensors does not have.
     """
-    adapter.config.check_supported(merge=False)
     kept = [part for part in adapter.parts if _is_saved(part, adapter)]
     _check_trained(adapter, kept, where)
     outputs = [_output(part.exported, part.stored, index, dtype, where) for part in kept]
@@ -74,7 +74,6 @@ def plan_merged(
     Raises:
         MismatchError: the checkpoint does not fit the configs, or the adapter is of a kind that is not merged.
     """
-    adapter.config.check_supported(merge=True)
     targets = _targets(adapter, where)
     plain = {part.plain: part for part in adapter.of("trained", "base", "other")}
     tensors = {name: index.tensors[part.stored] for name, part in plain.items()}
@@ -140,7 +139,15 @@ class _Merge:
         if not modules:
             return None
         module, name = modules[0], self.architecture.recipes[output.name].sources[0]
+        self._check_weight(output, module, name)
+        embedding = module in self.adapter.embeddings
+        turned = embedding or name.removesuffix(".weight") in self.conv1d
         a, b = self.adapter.pairs[module]
+        rank, scaling = self.adapter.config.rank(module), self.adapter.config.scaling(module)
+        self._check_factors(output, module, (self.index.tensors[a], self.index.tensors[b]), rank, turned=turned)
+        return Update(a, b, rank, self.index.tensors[a].dtype, scaling, turned, rounded=embedding)
+
+    def _check_weight(self, output: Output, module: str, name: str) -> None:
         if name in self.architecture.ties.values():
             raise MismatchError(
                 f"{self.where}: {module} is tied to another module, which a merge would change too; export the "
@@ -152,23 +159,22 @@ class _Merge:
                 f"{self.where}: {module} is {output.recipe.kind} in the export, and updates of such weights are not "
                 "merged; export the adapter as it is."
             )
-        embedding = module in self.adapter.embeddings
-        turned = embedding or name.removesuffix(".weight") in self.conv1d
-        rank, factors = self.adapter.config.rank(module), (self.index.tensors[a], self.index.tensors[b])
-        outputs, inputs = output.shape[::-1] if turned else output.shape
-        if (factors[0].shape, factors[1].shape) != ((rank, inputs), (outputs, rank)):
+
+    def _check_factors(
+        self, output: Output, module: str, factors: tuple[TensorEntry, TensorEntry], rank: int, *, turned: bool
+    ) -> None:
+        a, b = factors
+        outputs, inputs = (output.shape[:1], output.shape[1:])[:: -1 if turned else 1]
+        if len(output.shape) != _MATRIX_AXES or (a.shape, b.shape) != ((rank, *inputs), (*outputs, rank)):
             raise MismatchError(
-                f"{self.where}: the factors of {module} have the shapes {factors[0].shape} and {factors[1].shape}, "
-                f"its weight has {output.shape}; expected {(rank, inputs)} and {(outputs, rank)}."
+                f"{self.where}: the factors of {module} have the shapes {a.shape} and {b.shape}, its weight has "
+                f"{output.shape}; only products of two matrices are merged: export the adapter as it is."
             )
-        types = {output.stored, factors[0].dtype, factors[1].dtype}
-        if factors[0].dtype != factors[1].dtype or not types <= _MERGED:
+        if a.dtype != b.dtype or not {output.stored, a.dtype} <= _MERGED:
             raise MismatchError(
-                f"{self.where}: {module} is of {output.stored}, its factors are of {factors[0].dtype} and "
-                f"{factors[1].dtype}; merges are made of {', '.join(sorted(_MERGED))}, with both factors in one type. "
-                "Of quantized weights export the adapter as it is."
+                f"{self.where}: {module} is of {output.stored}, its factors are of {a.dtype} and {b.dtype}; weights of "
+                f"{', '.join(sorted(_MERGED))} are merged, with both factors of one type. Export the adapter as it is."
             )
-        return Update(a, b, rank, factors[0].dtype, self.adapter.config.scaling(module), turned, embedding)
 
     def _rules(self, updated: Iterable[Output]) -> list[str]:
         kinds = Counter((o.update.rank, o.update.scaling) for o in updated if o.update)

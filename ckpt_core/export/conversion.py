@@ -174,7 +174,8 @@ def plan_export(
     """
     index, where = read_index(directory), str(directory)
     if has_adapter(index, table):
-        adapter = find_adapter(index, adapter_config(assets, where), table, where)
+        config = adapter_config(assets, where, merge=merge_adapter)
+        adapter = find_adapter(index, config, table, where)
         if not merge_adapter:
             return plan_adapter(index, adapter, dtype=dtype, where=where)
         return plan_merged(

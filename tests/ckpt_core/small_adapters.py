@@ -31,6 +31,7 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama words": ("llama", {"target_modules": ["embed_tokens", "o_proj"]}),
     "gpt2": ("gpt2", {"target_modules": ["c_attn", "c_proj"]}),
     "gpt2 square": ("gpt2", {"target_modules": ["attn.c_proj"]}),
+    "vit": ("vit", {"target_modules": ["projection", "no_such_module"]}),
     "gpt2 places": ("gpt2", {"target_modules": ["wpe"]}),
 }
 """The model, and what of LoRA's configuration is not the same for all."""
