@@ -85,7 +85,8 @@ def _convert(options: argparse.Namespace) -> Answer:
     directory = find_dcp(step.root if step else source)
     if not options.plan:
         check_target(directory, target, overwrite=options.overwrite)
-    own = None if step is None or options.model else step.component("assets")
+    beside = step.component("assets") if step else directory / "assets"  # where `ckpt import` puts them
+    own = beside if beside and not options.model and file_size(beside / "config.json") is not None else None
     assets = _assets(options, own, source)
     names = read_table(Path(options.names)) if options.names else Table()
     settings: Settings = {"dtype": options.dtype, "max_shard_bytes": options.max_shard_size, "table": names}

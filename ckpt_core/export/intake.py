@@ -15,7 +15,7 @@ from ckpt_core.export.hf_names import HfNames, match_names
 from ckpt_core.export.names import Table
 from ckpt_core.export.plan import (
     Output,
-    _rearranged,  # pyright: ignore[reportPrivateUsage] - the same sentences both ways
+    rearranged,
 )
 from ckpt_core.export.recipe import Recipe, copy_of
 from ckpt_core.export.trace import inverted
@@ -89,7 +89,7 @@ def plan_intake(
     rules += [
         f"tied: {target} is {source}, stored under each name" for target, source in sorted(architecture.ties.items())
     ]
-    rules += _rearranged(recipes)
+    rules += rearranged(recipes)
     rules += [f"cast: {pair}" for pair in sorted({f"{o.stored} to {o.dtype}" for o in outputs if o.casts})]
     computed = _computed(architecture, outputs, dtype)
     rules += [f"computed: {output.name}, which the model makes by itself" for output in computed]

@@ -136,7 +136,7 @@ def make_plan(
     rules = [*names.rules]
     rules += [f"tied: {target} is {source}, stored once" for target, source in sorted(ties.items())]
     rules += [source.trimmed for source in sources.values() if source.trimmed]
-    rules += _rearranged(architecture.recipes)
+    rules += rearranged(architecture.recipes)
     rules += [f"cast: {pair}" for pair in sorted({f"{o.stored} to {o.dtype}" for o in outputs if o.casts})]
     used = {name: index.tensors[name] for stored in twins.values() for name in stored}
     return Plan(architecture.name, _split(outputs, max_shard_bytes), tuple(repeated), used, tuple(rules))
@@ -225,7 +225,7 @@ def _output(
     return Output(name, wider if cast else stored, stored, replace(recipe, pieces=pieces))
 
 
-def _rearranged(recipes: Mapping[str, Recipe]) -> list[str]:
+def rearranged(recipes: Mapping[str, Recipe]) -> list[str]:
     """Say which tensors have other names than in the model, or are split, stacked or turned; `*` is any number."""
     said: dict[str, None] = {}
     for name, recipe in recipes.items():
