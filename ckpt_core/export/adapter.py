@@ -19,11 +19,22 @@ PREFIX = "base_model.model."
 
 Kind = Literal["factor", "trained", "copy", "base", "other"]
 
-_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _FACTOR = re.compile(
     r"(?P<module>.+)\.(?P<leaf>lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))"
     r"(?:\.(?P<adapter>[^.]+?))??(?P<end>\.weight|\.bias)?"
 )
+_LEAVES = {
+    "lora_A.weight",
+    "lora_B.weight",
+    "lora_B.bias",
+    "lora_embedding_A",
+    "lora_embedding_B",
+    "lora_magnitude_vector",
+}
+_OPTIONAL = {"lora_B.bias": "lora_bias", "lora_magnitude_vector": "use_dora"}
+"""What an adapter has more when its config says so, and the field that says it."""
+
 _TRAINED = re.compile(r"(?P<module>.+?)\.modules_to_save\.(?P<adapter>[^.]+)\.(?P<leaf>.+)")
 _COPY = re.compile(r"(?P<module>.+?)\.original_module\.(?P<leaf>.+)")
 _BASE = re.compile(r"(?P<module>.+?)\.base_layer\.(?P<leaf>.+)")
@@ -70,6 +81,9 @@ class Adapter:
     ignored: tuple[str, ...]
     """Stored names that the user's table drops, or that lie beside the model."""
 
+    table: Table
+    """What the user says of the checkpoint's names."""
+
     def of(self, *kinds: Kind) -> list[Part]:
         """Return the parts of some kinds."""
         return [part for part in self.parts if part.kind in kinds]
@@ -104,7 +118,9 @@ def find_adapter(index: Index, config: AdapterConfig, table: Table, where: str) 
     candidates = _candidates(index, table)
     parts = tuple(_part(name, index, table) for name in candidates)
     known = set(candidates)
-    adapter = Adapter(config, parts, tuple(name for name in (*index.tensors, *index.values) if name not in known))
+    adapter = Adapter(
+        config, parts, tuple(name for name in (*index.tensors, *index.values) if name not in known), table
+    )
     names = sorted({part.adapter or "" for part in adapter.of("factor", "trained")})
     if len(names) > 1:
         raise MismatchError(
@@ -128,10 +144,11 @@ def _part(stored: str, index: Index, table: Table) -> Part:
     renamed = table.renamed(stored)
     key = index.paths.get(stored, (stored,))[-1]  # the state dict may have been saved below another name
     seen = key if renamed == stored and isinstance(key, str) else renamed
-    name = ".".join(word for word in seen.split(".") if word not in _WRAPPERS).rpartition(PREFIX)[2]
+    name = ".".join(word for word in seen.split(".") if word not in WRAPPERS).rpartition(PREFIX)[2]
     if match := _FACTOR.fullmatch(name):
         end = "" if "magnitude" in match["leaf"] else match["end"] or ""
-        return Part(stored, "factor", match["module"], match["leaf"] + end, match["adapter"])
+        if match["leaf"] + end in _LEAVES:
+            return Part(stored, "factor", match["module"], match["leaf"] + end, match["adapter"])
     kinds: Iterable[tuple[Kind, re.Pattern[str]]] = (("trained", _TRAINED), ("copy", _COPY), ("base", _BASE))
     for kind, pattern in kinds:
         if match := pattern.fullmatch(name):
@@ -146,6 +163,13 @@ def _check_fits(adapter: Adapter, index: Index, where: str) -> None:
         MismatchError: they differ.
     """
     config = adapter.config
+    leaves = {part.leaf for part in adapter.of("factor")}
+    for leaf, field in _OPTIONAL.items():
+        if (leaf in leaves) != bool(config.fields.get(field)):
+            raise MismatchError(
+                f"{where}: holds {'' if leaf in leaves else 'no '}{leaf}, but {config.where} says {field} "
+                f"{config.fields.get(field)!r}; give the config that it was trained with."
+            )
     for module, (a, b) in adapter.pairs.items():
         if not (a and b):
             raise MismatchError(f"{where}: {a or b} is there without its other factor; the save was not complete.")

@@ -1,32 +1,22 @@
-"""Plans of exports of a checkpoint with a LoRA adapter: of the adapter alone, or of the model with it merged."""
-
-# transformers is only partly annotated.
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+"""The plan of an export of a LoRA adapter alone, as PEFT's `save_pretrained` writes it. Without torch."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterable
 
 from ckpt_core.errors import MismatchError
-from ckpt_core.export.adapter import PREFIX, Adapter, Part
-from ckpt_core.export.architecture import Architecture, find_architecture, named_class
-from ckpt_core.export.lora import Update
-from ckpt_core.export.names import Table
-from ckpt_core.export.plan import Output, Plan, Tie, in_file_order, make_plan
+from ckpt_core.export.adapter import PREFIX, WRAPPERS, Adapter, Part
+from ckpt_core.export.plan import Output, Plan, in_file_order
 from ckpt_core.export.recipe import copy_of
 from ckpt_core.format import dtypes
-from ckpt_core.format.index import Index, TensorEntry
+from ckpt_core.format.index import Index
 
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
-_MATRIX_AXES = 2
-_MERGED = frozenset({"float64", "float32", "float16", "bfloat16"})
 
 
 def plan_adapter(index: Index, adapter: Adapter, *, dtype: str | None, where: str) -> Plan:
-    """Plan one file as PEFT's `save_pretrained` writes it: the factors and the modules that were trained as a whole.
+    """Plan one file of the factors, and of the modules that were trained as a whole.
 
     Args:
         index: what the checkpoint holds.
@@ -42,152 +32,12 @@ def plan_adapter(index: Index, adapter: Adapter, *, dtype: str | None, where: st
     outputs = [_output(part.exported, part.stored, index, dtype, where) for part in kept]
     _check_names_differ(outputs, where)
     rules = [f"adapter: {len(adapter.pairs)} modules with factors, of {len(outputs)} tensors, in PEFT's layout"]
-    rules += [*_renamed(kept), *_dropped(adapter, kept)]
+    rules += [*_renamed(adapter, kept), *_dropped(adapter, kept)]
     rules += [f"cast: {pair}" for pair in sorted({f"{o.stored} to {o.dtype}" for o in outputs if o.casts})]
     used = {part.stored: index.tensors[part.stored] for part in kept}
     return Plan(
         f"LoRA adapter of {adapter.config.base}", {ADAPTER_WEIGHTS_NAME: in_file_order(outputs)}, (), used, tuple(rules)
     )
-
-
-def plan_merged(
-    index: Index,
-    adapter: Adapter,
-    config: Mapping[str, Any],
-    *,
-    dtype: str | None,
-    max_shard_bytes: int,
-    table: Table,
-    where: str,
-) -> Plan:
-    """Plan the model with the adapter's updates added to its weights, as `merge_and_unload` leaves it.
-
-    Args:
-        index: what the checkpoint holds: the frozen weights too.
-        adapter: which of it is the adapter's.
-        config: the model's.
-        dtype: cast floating-point tensors to this after the merge; None keeps them.
-        max_shard_bytes: largest size of one file's tensors.
-        table: what the user says of the checkpoint's names.
-        where: the checkpoint, for errors.
-
-    Raises:
-        MismatchError: the checkpoint does not fit the configs, or the adapter is of a kind that is not merged.
-    """
-    targets = _targets(adapter, where)
-    plain = {part.plain: part for part in adapter.of("trained", "base", "other")}
-    tensors = {name: index.tensors[part.stored] for name, part in plain.items()}
-    if len(tensors) != len(adapter.of("trained", "base", "other")):
-        raise MismatchError(
-            f"{where}: holds tensors twice, with PEFT's names and without; drop one by a table of names."
-        )
-    ignored = {name: index.tensors[name] for name in adapter.ignored if name in index.tensors}
-    base = Index({**tensors, **ignored}, index.values)
-    if any(str(name).startswith("PeftModel") for name in config.get("architectures") or []):
-        config = {name: value for name, value in config.items() if name != "architectures"}  # of the model around it
-    architecture = find_architecture(config, base, dtype)
-    plan = make_plan(base, architecture, dtype=dtype, max_shard_bytes=max_shard_bytes, table=table, where=where)
-    merge = _Merge(index, adapter, architecture, _conv1d(architecture.name, config), targets, plain, where)
-    return merge.applied(plan)
-
-
-@dataclass(frozen=True)
-class _Merge:
-    """What turns the plan of a model without an adapter into one with its updates, and with the stored names."""
-
-    index: Index
-    adapter: Adapter
-    architecture: Architecture
-    conv1d: frozenset[str]
-    """Names of the modules whose weights have the shape (inputs, outputs)."""
-
-    targets: Mapping[str, str]
-    """The module of each weight that is updated, by its plain name."""
-
-    plain: Mapping[str, Part]
-    where: str
-
-    def applied(self, plan: Plan) -> Plan:
-        shards = {name: [self._output(output) for output in outputs] for name, outputs in plan.shards.items()}
-        updated = [output for outputs in shards.values() for output in outputs if output.update]
-        if len(updated) != len(self.targets):
-            raise MismatchError(
-                f"{self.where}: {len(self.targets)} weights have an adapter, but {len(updated)} of them are in the "
-                "merged model, as others are tied to them; export the adapter as it is."
-            )
-        used = {self._stored(name): entry for name, entry in plan.tensors.items()}
-        factors = {name: self.index.tensors[name] for o in updated for name in o.sources[1:]}
-        ties = tuple(Tie(self._stored(tie.source), self._stored(tie.kept)) for tie in plan.ties)
-        rules = (*self._rules(updated), *plan.rules)
-        return Plan(plan.architecture, shards, ties, {**used, **factors}, rules)
-
-    def _stored(self, name: str) -> str:
-        return self.plain[name].stored if name in self.plain else name
-
-    def _output(self, output: Output) -> Output:
-        pieces = tuple(replace(piece, source=self._stored(piece.source)) for piece in output.recipe.pieces)
-        recipe, update = replace(output.recipe, pieces=pieces), self._update(output)
-        return replace(output, recipe=recipe, update=update)
-
-    def _update(self, output: Output) -> Update | None:
-        """Return the update of an output, and check that it can be added to it.
-
-        Raises:
-            MismatchError: the weight is none to which a product of two matrices is added, row by row.
-        """
-        modules = [self.targets[name] for name in output.recipe.sources if name in self.targets]
-        if not modules:
-            return None
-        module, name = modules[0], self.architecture.recipes[output.name].sources[0]
-        self._check_weight(output, module, name)
-        embedding = module in self.adapter.embeddings
-        turned = embedding or name.removesuffix(".weight") in self.conv1d
-        a, b = self.adapter.pairs[module]
-        rank, scaling = self.adapter.config.rank(module), self.adapter.config.scaling(module)
-        self._check_factors(output, module, (self.index.tensors[a], self.index.tensors[b]), rank, turned=turned)
-        return Update(a, b, rank, self.index.tensors[a].dtype, scaling, turned, rounded=embedding)
-
-    def _check_weight(self, output: Output, module: str, name: str) -> None:
-        if name in self.architecture.ties.values():
-            raise MismatchError(
-                f"{self.where}: {module} is tied to another module, which a merge would change too; export the "
-                "adapter as it is."
-            )
-        entry = self.index.tensors[self._stored(output.recipe.sources[0])]
-        if not output.recipe.straight or entry.shape != output.shape:
-            raise MismatchError(
-                f"{self.where}: {module} is {output.recipe.kind} in the export, and updates of such weights are not "
-                "merged; export the adapter as it is."
-            )
-
-    def _check_factors(
-        self, output: Output, module: str, factors: tuple[TensorEntry, TensorEntry], rank: int, *, turned: bool
-    ) -> None:
-        a, b = factors
-        outputs, inputs = (output.shape[:1], output.shape[1:])[:: -1 if turned else 1]
-        if len(output.shape) != _MATRIX_AXES or (a.shape, b.shape) != ((rank, *inputs), (*outputs, rank)):
-            raise MismatchError(
-                f"{self.where}: the factors of {module} have the shapes {a.shape} and {b.shape}, its weight has "
-                f"{output.shape}; only products of two matrices are merged: export the adapter as it is."
-            )
-        if a.dtype != b.dtype or not {output.stored, a.dtype} <= _MERGED:
-            raise MismatchError(
-                f"{self.where}: {module} is of {output.stored}, its factors are of {a.dtype} and {b.dtype}; weights of "
-                f"{', '.join(sorted(_MERGED))} are merged, with both factors of one type. Export the adapter as it is."
-            )
-
-    def _rules(self, updated: Iterable[Output]) -> list[str]:
-        kinds = Counter((o.update.rank, o.update.scaling) for o in updated if o.update)
-        rules = [
-            f"merged: {count} weights with {scaling:.6g} times a product of rank {rank}"
-            for (rank, scaling), count in sorted(kinds.items())
-        ]
-        if self.adapter.of("base"):
-            rules.append("names: 'base_layer' removed from within")
-        if self.adapter.of("trained"):
-            rules.append(f"names: {len(self.adapter.of('trained'))} tensors trained as a whole, of modules_to_save")
-        copies = self.adapter.of("copy")
-        return rules + ([f"dropped: {len(copies)} frozen copies of modules trained as a whole"] if copies else [])
 
 
 def _is_saved(part: Part, adapter: Adapter) -> bool:
@@ -221,42 +71,29 @@ def _output(name: str, stored: str, index: Index, dtype: str | None, where: str)
     return Output(name, dtype if cast and dtype else entry.dtype, entry.dtype, copy_of(stored, entry.shape))
 
 
-def _renamed(kept: Iterable[Part]) -> list[str]:
+def _renamed(adapter: Adapter, kept: Iterable[Part]) -> list[str]:
     """Say what was done to the names of an adapter's tensors."""
-    fronts = {part.stored.rpartition(PREFIX)[0] for part in kept if PREFIX in part.stored} - {""}
-    rules = [f"names: {front!r} removed from the front" for front in sorted(fronts)]
-    rules += [f"names: {PREFIX!r} put in front"] if not all(PREFIX in part.stored for part in kept) else []
-    adapters = sorted({part.adapter for part in kept if part.adapter})
-    return rules + [f"names: {adapter!r}, the adapter's name, removed from within" for adapter in adapters]
+    stored = [part.stored for part in kept]
+    fronts = {name.rpartition(PREFIX)[0] for name in stored if PREFIX in name} - {""}
+    within = {word for name in stored for word in name.rpartition(PREFIX)[2].split(".")} & WRAPPERS
+    names = {part.adapter for part in kept if part.adapter}
+    rules = [
+        f"names: {pattern.pattern!r} replaced by {new!r}, by the table of names"
+        for pattern, new in adapter.table.rename
+    ]
+    rules += [f"names: {front!r} removed from the front" for front in sorted(fronts)]
+    rules += [f"names: {word!r} removed from within" for word in sorted(within)]
+    rules += [f"names: {name!r}, the adapter's name, removed from within" for name in sorted(names)]
+    return rules + ([] if all(PREFIX in name for name in stored) else [f"names: {PREFIX!r} put in front"])
 
 
 def _dropped(adapter: Adapter, kept: Iterable[Part]) -> list[str]:
     """Name what of the checkpoint is not in an adapter's export."""
     names = {part.stored for part in kept}
-    frozen = [part.stored for part in adapter.parts if part.stored not in names]
-    rules = [f"dropped: {len(frozen)} frozen tensors of the model, such as {frozen[0]}"] if frozen else []
-    beside = adapter.ignored
-    return rules + ([f"dropped: {len(beside)} names beside the model, such as {beside[0]}"] if beside else [])
-
-
-def _targets(adapter: Adapter, where: str) -> dict[str, str]:
-    """Return the module of each frozen weight that the adapter updates, by its plain name."""
-    weights = {part.module: part.plain for part in adapter.of("base") if part.leaf == "weight"}
-    for module in adapter.pairs:
-        if module not in weights:
-            raise MismatchError(
-                f"{where}: holds no frozen weight of {module} to merge its adapter into; export the adapter as it is, "
-                "and merge it into its base model with PEFT."
-            )
-    return {weights[module]: module for module in adapter.pairs}
-
-
-def _conv1d(name: str, config: Mapping[str, Any]) -> frozenset[str]:
-    """Return the names of the modules of GPT-2's kind of linear layer; square weights do not show it."""
-    import torch
-    from transformers.pytorch_utils import Conv1D
-
-    cls = named_class(name)
-    with torch.device("meta"):
-        model = cls(cls.config_class.from_dict(dict(config)))
-    return frozenset(module_name for module_name, module in model.named_modules() if isinstance(module, Conv1D))
+    drops = adapter.table.drops
+    left_out = {
+        "frozen tensors of the model": [part.stored for part in adapter.parts if part.stored not in names],
+        "names by the table of names": [name for name in adapter.ignored if drops(name)],
+        "names beside the model": [name for name in adapter.ignored if not drops(name)],
+    }
+    return [f"dropped: {len(each)} {what}, such as {each[0]}" for what, each in left_out.items() if each]

@@ -23,7 +23,8 @@ from ckpt_core.errors import (
 from ckpt_core.export import work as works
 from ckpt_core.export.adapter import find_adapter, has_adapter
 from ckpt_core.export.adapter_config import ADAPTER_CONFIG_NAME, adapter_config, adapter_files
-from ckpt_core.export.adapter_plan import ADAPTER_WEIGHTS_NAME, plan_adapter, plan_merged
+from ckpt_core.export.adapter_merge import plan_merged
+from ckpt_core.export.adapter_plan import ADAPTER_WEIGHTS_NAME, plan_adapter
 from ckpt_core.export.architecture import find_architecture
 from ckpt_core.export.assets import CONFIG_NAME, EXPORT_NAME, Assets, read_assets
 from ckpt_core.export.names import Table
@@ -173,19 +174,18 @@ def plan_export(
         CheckpointError: the checkpoint is damaged, hostile, or does not fit the config.
     """
     index, where = read_index(directory), str(directory)
-    if has_adapter(index, table):
+    has = has_adapter(index, table)
+    if merge_adapter and not has:
+        raise MismatchError(f"{where}: holds no LoRA adapter to merge; convert without merge_adapter.")
+    if not assets.config and (merge_adapter or not has):
+        raise MismatchError(f"{where}: there is no config of its model; give one with --model.")
+    if has:
         config = adapter_config(assets, where, merge=merge_adapter)
         adapter = find_adapter(index, config, table, where)
         if not merge_adapter:
             return plan_adapter(index, adapter, dtype=dtype, where=where)
         return plan_merged(
             index, adapter, assets.config, dtype=dtype, max_shard_bytes=max_shard_bytes, table=table, where=where
-        )
-    if merge_adapter:
-        raise MismatchError(f"{where}: holds no LoRA adapter to merge; convert without merge_adapter.")
-    if not assets.config:
-        raise MismatchError(
-            f"{where}: holds no LoRA adapter, and there is no config of a model; give one with --model."
         )
     architecture = find_architecture(assets.config, index, dtype)
     settings: dict[str, Any] = {"dtype": dtype, "max_shard_bytes": max_shard_bytes, "table": table, "where": where}

@@ -28,6 +28,7 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
             "use_rslora": True,
         },
     ),
+    "llama one layer": ("llama", {"target_modules": ["k_proj"], "layers_to_transform": [1]}),
     "llama words": ("llama", {"target_modules": ["embed_tokens", "o_proj"]}),
     "gpt2": ("gpt2", {"target_modules": ["c_attn", "c_proj"]}),
     "gpt2 square": ("gpt2", {"target_modules": ["attn.c_proj"]}),

@@ -271,6 +271,7 @@ class TestRefused:
             ({"target_modules": [1]}, "expected a list of names"),
             ({"modules_to_save": ["lm_head.x"]}, "names 'lm_head.x' in modules_to_save"),
             ({"r": "4"}, "r of .* is '4', expected a positive number"),
+            ({"use_dora": True}, "holds no lora_magnitude_vector"),
             ({"peft_type": "LOHA"}, "peft_type 'LOHA'"),
             ({"bias": "all"}, "bias is 'all'"),
             ({"use_qalora": True}, "use_qalora"),
@@ -310,6 +311,13 @@ class TestRefused:
         with pytest.raises(errors.MismatchError, match=text):
             convert(directory, tmp_path / "export", assets=assets, merge_adapter=True)
 
+    def test_a_config_that_hides_what_an_adapter_does(self, tmp_path: Path, saved: Saved) -> None:
+        """DoRA's magnitudes are not overlooked when the config says that there are none."""
+        directory, assets = saved(adapted("llama", use_dora=True))
+        for merge in (False, True):
+            with pytest.raises(errors.MismatchError, match=r"holds lora_magnitude_vector, but .* says use_dora False"):
+                plan_export(directory, with_config(assets, use_dora=False), merge_adapter=merge)
+
     def test_there_is_nothing_to_merge(self, tmp_path: Path, saved: Saved) -> None:
         """A merge of a checkpoint without an adapter, and of one without the model's weights, is refused."""
         model = adapted("llama")
@@ -321,7 +329,7 @@ class TestRefused:
         plain = save_states(dict(model_of("llama").state_dict()), tmp_path / "plain")
         with pytest.raises(errors.MismatchError, match="no LoRA adapter to merge"):
             convert(plain, tmp_path / "export", assets=assets, merge_adapter=True)
-        with pytest.raises(errors.MismatchError, match="no LoRA adapter, and there is no config"):
+        with pytest.raises(errors.MismatchError, match="no config of its model"):
             convert(plain, tmp_path / "export", assets=replace(assets, config={}))
 
     def test_weights_and_factors_of_other_types(self, tmp_path: Path, saved: Saved) -> None:
@@ -345,6 +353,7 @@ class TestRefused:
         (tmp_path / "names.json").write_text(json.dumps({"drop": [r"\.second\."]}))
         table = read_table(tmp_path / "names.json")
         export = convert(directory, tmp_path / "export", assets=assets, table=table)
+        assert any(rule.startswith("dropped: 8 names by the table of names") for rule in export.rules)
         expected = save_pretrained_adapter(adapted("llama"), tmp_path / "expected")
         assert (export.path / FACTORS).read_bytes() == (expected / FACTORS).read_bytes()
 
