@@ -40,7 +40,8 @@ def convert_checkpoint(
         `path`, `files` (bytes and sha256 of each), `rules`, `architecture`, `reused`.
 
     Raises:
-        CkptError: a file could not be made; nothing is left of the conversion.
+        DamagedError, ExportError: a file could not be made; nothing is left of the conversion.
+        ArgumentError: the settings do not fit the machines.
         ChildFailedError: the plan failed, or a process died.
     """
     request = {
@@ -100,7 +101,7 @@ def _write_all(runner: TaskRunner[Any], target: str, names: Sequence[str]) -> No
             mapped = runner.map(write_file, parameters)  # pyright: ignore[reportArgumentType] - "Task" is invariant
             for written in as_completed(mapped):
                 written.result()
-    except CommitError:  # another conversion took over, and what lies there is its own
+    except (ArgumentError, CommitError):  # a worker's mistake, or what lies there is another conversion's by now
         raise
     except CkptError:
         _abandon(target)
