@@ -86,7 +86,8 @@ def _convert(options: argparse.Namespace) -> Answer:
     if not options.plan:
         check_target(directory, target, overwrite=options.overwrite)
     beside = step.component("assets") if step else directory / "assets"  # where `ckpt import` puts them
-    own = beside if beside and not options.model and file_size(beside / "config.json") is not None else None
+    configs = [beside / name for name in ("config.json", "adapter_config.json")] if beside else []
+    own = beside if not options.model and any(file_size(each) is not None for each in configs) else None
     assets = _assets(options, own, source)
     names = read_table(Path(options.names)) if options.names else Table()
     settings: Settings = {"dtype": options.dtype, "max_shard_bytes": options.max_shard_size, "table": names}

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -22,7 +23,7 @@ from small_models import assert_same
 from small_transformers import model_of, read_json, save_pretrained
 from transformers import AutoModelForCausalLM
 
-from ckpt_core import errors, io
+from ckpt_core import PyTorchCheckpoint, errors, io
 from ckpt_core.cli import main
 from ckpt_core.export import Assets, convert, plan_export
 from ckpt_core.export.adapter_config import adapter_assets
@@ -405,8 +406,21 @@ class TestCommand:
         assert main(["convert", *options]) == 0
         assert "LoRA adapter of" in capsys.readouterr().out
 
+    def test_a_committed_step_has_all_it_needs(self, tmp_path: Path) -> None:
+        """A step that was saved with the adapter's config as an asset is exported, and merged, without any option."""
+        model = adapted("llama")
+        (tmp_path / "assets").mkdir()
+        model.peft_config["default"].save_pretrained(str(tmp_path / "assets"))
+        PyTorchCheckpoint(module=model).save(tmp_path / "store", step=1, assets=tmp_path / "assets")
+        step = str(tmp_path / "store/default/step_0000000001")
+        assert main(["convert", step, str(tmp_path / "adapter")]) == 0
+        expected = save_pretrained_adapter(model, tmp_path / "peft")
+        assert (tmp_path / "adapter" / FACTORS).read_bytes() == (expected / FACTORS).read_bytes()
+        assert main(["convert", step, str(tmp_path / "merged"), "--merge-adapter"]) == 0
+        assert_merged(tmp_path / "merged", merged(model, tmp_path), model)
+
     def test_where_the_config_is(self, tmp_path: Path, saved: Saved, capsys: Any) -> None:
-        """`--adapter DIR` gives the adapter's config; without any, the error says so."""
+        """`--adapter DIR`, or assets beside the checkpoint, give the adapter's config; without it the error says so."""
         model = adapted("llama")
         directory, assets = saved(model)
         alone = tmp_path / "alone"
@@ -419,6 +433,8 @@ class TestCommand:
         words = ["--adapter", str(alone), "--tokenizer", str(tmp_path / "saved/assets")]
         assert main(["convert", str(directory), str(tmp_path / "two"), *words]) == 0
         assert (tmp_path / "two/tokenizer.json").is_file()
+        shutil.copytree(alone, directory / "assets")
+        assert main(["convert", str(directory), str(tmp_path / "beside")]) == 0
         model_alone = save_pretrained(model_of("llama"), tmp_path / "base")
         both = ["--adapter", str(alone), "--model", str(model_alone), "--merge-adapter"]
         assert main(["convert", str(directory), str(tmp_path / "three"), *both]) == 0
