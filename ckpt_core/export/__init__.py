@@ -10,8 +10,6 @@ from ckpt_core.export.assets import EXPORT_NAME, Assets
 from ckpt_core.export.conversion import (
     abandon_conversion,
     begin_conversion,
-    check_free,
-    check_target,
     convert,
     convert_checkpoint,
     convert_shard,
@@ -19,6 +17,7 @@ from ckpt_core.export.conversion import (
     plan_export,
 )
 from ckpt_core.export.record import Export, read_export
+from ckpt_core.export.target import check_free, check_target
 
 __all__ = [
     "EXPORT_NAME",

@@ -10,7 +10,7 @@ from typing import Literal
 
 from ckpt_core.errors import MismatchError
 from ckpt_core.export.adapter_config import AdapterConfig
-from ckpt_core.export.names import Table
+from ckpt_core.export.names import WRAPPERS, Table
 from ckpt_core.format.index import Index
 from ckpt_core.locate import OTHER_COMPONENTS
 
@@ -19,7 +19,6 @@ PREFIX = "base_model.model."
 
 Kind = Literal["factor", "trained", "copy", "base", "other"]
 
-WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _FACTOR = re.compile(
     r"(?P<module>.+)\.(?P<leaf>lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))"
     r"(?:\.(?P<adapter>[^.]+?))??(?P<end>\.weight|\.bias)?"

@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterable
 
 from ckpt_core.errors import MismatchError
-from ckpt_core.export.adapter import PREFIX, WRAPPERS, Adapter, Part
+from ckpt_core.export.adapter import PREFIX, Adapter, Part
+from ckpt_core.export.names import WRAPPERS
 from ckpt_core.export.plan import Output, Plan, in_file_order
 from ckpt_core.export.recipe import copy_of
 from ckpt_core.format import dtypes

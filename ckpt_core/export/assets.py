@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +92,24 @@ def fetch_assets(model: str, tokenizer: str | None = None) -> Assets:
         with suppress(OSError):  # not every model generates
             GenerationConfig.from_pretrained(model).save_pretrained(temporary)
         return read_assets(Path(temporary))
+
+
+def config_bytes(config: Mapping[str, Any], architecture: str, dtypes: Sequence[str], dtype: str | None) -> bytes:
+    """Return `config.json` of a model with weights.
+
+    Args:
+        config: what it was.
+        architecture: the name of the model's class.
+        dtypes: of its tensors; the commonest floating-point one is named.
+        dtype: what they were cast to, which configs within the config name as well; None without a cast.
+    """
+    floating = [kind for kind in dtypes if "float" in kind]
+    commonest = max(set(floating), key=floating.count) if floating else None
+    kept = {name: value for name, value in config.items() if name != "torch_dtype"}  # the old name of dtype
+    if dtype:
+        kept |= {n: {**v, "dtype": dtype} for n, v in kept.items() if isinstance(v, dict) and "model_type" in v}
+    made = {**kept, "architectures": [architecture], "dtype": dtype or commonest}
+    return (json.dumps(dict(sorted(made.items())), indent=2) + "\n").encode()
 
 
 def write_configs(module: Any, directory: Path) -> None:

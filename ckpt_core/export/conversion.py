@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -13,10 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from ckpt_core.errors import (
-    ArgumentError,
     CkptError,
-    ExportError,
-    ExportExistsError,
     MismatchError,
     NotACheckpointError,
 )
@@ -26,17 +21,17 @@ from ckpt_core.export.adapter_config import ADAPTER_CONFIG_NAME, adapter_config,
 from ckpt_core.export.adapter_merge import plan_merged
 from ckpt_core.export.adapter_plan import ADAPTER_WEIGHTS_NAME, plan_adapter
 from ckpt_core.export.architecture import find_architecture
-from ckpt_core.export.assets import CONFIG_NAME, EXPORT_NAME, Assets, read_assets
+from ckpt_core.export.assets import CONFIG_NAME, EXPORT_NAME, Assets, config_bytes, read_assets
 from ckpt_core.export.names import Table
 from ckpt_core.export.plan import Plan, make_plan
 from ckpt_core.export.record import FORMAT_VERSION, Export, read_export
 from ckpt_core.export.shard import shards_of
 from ckpt_core.export.stored import DcpStored
+from ckpt_core.export.target import check_free, check_target, disk_errors
 from ckpt_core.export.work import Progress, Work
 from ckpt_core.export.write import INDEX_NAME, Care, check_ties, index_bytes
 from ckpt_core.format.digests import digest_bytes
 from ckpt_core.format.index import METADATA_NAME, read_index
-from ckpt_core.format.manifest import MANIFEST_NAME
 from ckpt_core.store import Checkpoint
 from ckpt_core.urls import local_path
 from ckpt_core.workers import count_workers
@@ -82,7 +77,7 @@ def convert(directory: Place, target: Path, *, assets: Assets, **settings: Unpac
     work = works.work_on(target)
     workers = settings.get("workers") or count_workers(remote=not isinstance(directory, Path))
     check_target(directory, target, overwrite=settings.get("overwrite", False))
-    with works.held(work), _given_up(work), _disk(target):
+    with works.held(work), _given_up(work), disk_errors(target):
         _begin(work, directory, target, assets, settings)
         work.write_all(workers, settings.get("progress") or _ignore)
         _finish(work, target, overwrite=settings.get("overwrite", False))
@@ -125,7 +120,7 @@ def begin_conversion(directory: Place, target: Path, *, assets: Assets, **settin
     """
     work, target = works.work_on(local_path(target)), local_path(target)
     check_target(directory, target, overwrite=settings.get("overwrite", False))
-    with works.held(work), _given_up(work, after=False), _disk(target):
+    with works.held(work), _given_up(work, after=False), disk_errors(target):
         _begin(work, directory, target, assets, settings)
     return work.undone
 
@@ -133,7 +128,7 @@ def begin_conversion(directory: Place, target: Path, *, assets: Assets, **settin
 def convert_shard(target: Path, name: str) -> None:
     """Write one file of a conversion that was begun, unless that is done; several processes may at once."""
     work = works.work_on(local_path(target))
-    with works.shared(work), _disk(target):
+    with works.shared(work), disk_errors(target):
         work.write(name, lambda _: None)
 
 
@@ -147,7 +142,7 @@ def finish_conversion(target: Path, *, overwrite: bool = False) -> Export:
     work = works.work_on(local_path(target))
     with works.held(work):
         work.check_done()
-        with _given_up(work), _disk(target):
+        with _given_up(work), disk_errors(target):
             _finish(work, local_path(target), overwrite=overwrite)
     return read_export(local_path(target))
 
@@ -227,35 +222,6 @@ def source_of(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"run": manifest.run, "step": manifest.step, "digest": manifest.digest()}
 
 
-def check_target(directory: Place, target: Path, *, overwrite: bool) -> None:
-    """Check that an export of what is in `directory` may be written to `target`.
-
-    Raises:
-        ExportExistsError (a FileExistsError): it exists.
-        ArgumentError: it lies in the source, around it, or in a committed step.
-    """
-    target = target.parent.resolve() / target.name
-    check_free(target, overwrite=overwrite)
-    directory = directory.resolve()
-    if isinstance(directory, Path) and (target.is_relative_to(directory) or directory.is_relative_to(target)):
-        raise ArgumentError(f"{target}: one of source and target lies in the other; give a directory apart.")
-    for parent in target.parents:
-        if (parent / MANIFEST_NAME).is_file():
-            raise ArgumentError(
-                f"{target}: lies in the committed step {parent.name}, which never changes; give a directory apart."
-            )
-
-
-def check_free(target: Path, *, overwrite: bool) -> None:
-    """Check that nothing has the name `target`, or that it may be replaced.
-
-    Raises:
-        ExportExistsError (a FileExistsError): it exists.
-    """
-    if os.path.lexists(target) and not overwrite:
-        raise ExportExistsError(f"{target}: exists; give another directory, or pass overwrite to replace it.")
-
-
 @contextmanager
 def _given_up(work: Work, *, after: bool = True) -> Generator[None]:
     """Delete what was written when something is wrong that will not come right by itself, and, `after` it, in the end.
@@ -269,20 +235,6 @@ def _given_up(work: Work, *, after: bool = True) -> Generator[None]:
         raise
     if after:
         works.remove(work)
-
-
-@contextmanager
-def _disk(target: Path) -> Generator[None]:
-    """Say what a full disk, or one that failed, means."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}:
-            raise
-        raise ExportError(
-            f"{target}: {os.strerror(error.errno)} while it was written; nothing is left of it. Make room, or give a "
-            "directory on another disk."
-        ) from error
 
 
 def _begin(work: Work, directory: Place, target: Path, assets: Assets, settings: Settings) -> None:
@@ -335,17 +287,10 @@ def _small_files(assets: Assets, plan: Plan, dtype: str | None) -> dict[str, byt
         return adapter_files(assets)
     merged = any(output.update for output in plan.outputs)
     others = {name: data for name, data in assets.files.items() if not (merged and name == ADAPTER_CONFIG_NAME)}
-    return {CONFIG_NAME: _config_bytes(assets, plan, dtype), **others}
-
-
-def _config_bytes(assets: Assets, plan: Plan, dtype: str | None) -> bytes:
-    floating = [o.dtype for o in plan.outputs if "float" in o.dtype]
-    commonest = max(set(floating), key=floating.count) if floating else None
-    kept = {name: value for name, value in assets.config.items() if name != "torch_dtype"}  # the old name of dtype
-    if dtype:  # configs within the config have one each
-        kept |= {n: {**v, "dtype": dtype} for n, v in kept.items() if isinstance(v, dict) and "model_type" in v}
-    config = {**kept, "architectures": [plan.architecture], "dtype": dtype or commonest}
-    return (json.dumps(dict(sorted(config.items())), indent=2) + "\n").encode()
+    return {
+        CONFIG_NAME: config_bytes(assets.config, plan.architecture, [o.dtype for o in plan.outputs], dtype),
+        **others,
+    }
 
 
 def _ignore(_done: int, _total: int) -> None:

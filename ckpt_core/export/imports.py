@@ -10,7 +10,6 @@ What a killed import leaves there, the next one to the same target deletes.
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,20 +22,16 @@ from typing import TYPE_CHECKING
 from ckpt_core import durable
 from ckpt_core.errors import ArgumentError, DamagedError, ExportExistsError, MismatchError, StepExistsError
 from ckpt_core.export import work as works
-from ckpt_core.export.assets import CONFIG_NAME, Assets, read_assets
+from ckpt_core.export.assets import CONFIG_NAME, Assets, config_bytes, read_assets
 from ckpt_core.export.chunks import Part, files_of, write_chunks, write_metadata
 from ckpt_core.export.computed import write_computed
-from ckpt_core.export.conversion import (
-    _disk,  # pyright: ignore[reportPrivateUsage] - a full disk means the same both ways
-    check_free,
-    check_target,
-)
 from ckpt_core.export.intake import Intake, plan_intake
 from ckpt_core.export.names import Table
 from ckpt_core.export.recipe import copy_of
 from ckpt_core.export.shard import Identity, identity_of
 from ckpt_core.export.stored import HfStored
 from ckpt_core.export.stream import blocks
+from ckpt_core.export.target import check_free, check_target, disk_errors
 from ckpt_core.export.work import Progress, Work
 from ckpt_core.format.index import Span
 from ckpt_core.hf_weights import HfWeights, read_weights
@@ -108,7 +103,7 @@ def import_hf(
     identities = {file: identity_of(weights.place / file) for file in weights.files}
     intake = plan_intake(weights, assets.config, dtype=dtype, table=table)
     work = Work(target.with_name(f".importing-{target.name}"))
-    with works.held(work), _disk(target):
+    with works.held(work), disk_errors(target):
         check_free(target, overwrite=overwrite)  # now that nobody else is at it
         try:
             works.clear(work)
@@ -175,12 +170,8 @@ class _Writing:
 
 def _write_assets(directory: Path, assets: Assets, intake: Intake, dtype: str | None) -> None:
     directory.mkdir(parents=True)
-    config = {**assets.config, "architectures": [intake.architecture]}
-    if dtype:  # configs within the config have one each
-        config |= {n: {**v, "dtype": dtype} for n, v in config.items() if isinstance(v, dict) and "model_type" in v}
-        config["dtype"] = dtype
-        config.pop("torch_dtype", None)  # the old name of dtype
-    durable.write_new(directory / CONFIG_NAME, (json.dumps(dict(sorted(config.items())), indent=2) + "\n").encode())
+    config = config_bytes(assets.config, intake.architecture, [o.dtype for o in intake.outputs], dtype)
+    durable.write_new(directory / CONFIG_NAME, config)
     for name, data in assets.files.items():
         durable.write_new(directory / name, data)
 

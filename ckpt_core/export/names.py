@@ -11,7 +11,7 @@ from pathlib import Path
 from ckpt_core.errors import ArgumentError, MismatchError
 from ckpt_core.locate import OTHER_COMPONENTS
 
-_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """What torch puts into names when it compiles, shards or checkpoints a module; no model has modules of these names."""
 
 _EXTRA = "_extra_state"
@@ -153,11 +153,11 @@ def _as_it_is(name: str) -> str:
 
 
 def _unwrapped(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def _unwrapped_modules(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS and part != "module")
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS and part != "module")
 
 
 def _lacks(
@@ -195,7 +195,7 @@ def _is_other(name: str) -> bool:
 
 def _rules(found: Mapping[str, str], prefix: str, table: Table) -> list[str]:
     rules = [f"names: {prefix!r} removed from the front"] if prefix else []
-    wrappers = {part for name in found.values() for part in name.split(".") if part in {*_WRAPPERS, "module"}}
+    wrappers = {part for name in found.values() for part in name.split(".") if part in {*WRAPPERS, "module"}}
     own = {part for name in found for part in name.split(".")}
     rules += [f"names: {part!r} removed from within" for part in sorted(wrappers - own - set(prefix.split(".")))]
     rules += [f"names: {pattern.pattern!r} replaced by {new!r}, by the table of names" for pattern, new in table.rename]
