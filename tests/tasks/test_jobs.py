@@ -268,7 +268,7 @@ def publish(export: Path, endpoint: str) -> dict[str, Any]:
 
 def test_an_unknown_job_is_named():
     """A misspelt name is an error that lists the jobs."""
-    with pytest.raises(ChildFailedError, match=r"^job 'train': expected one of validate, convert, check_export, "):
+    with pytest.raises(ChildFailedError, match=r"^job 'train': expected one of validate, convert, finish_conversion, "):
         run_json("tasks.jobs", ["train", "{}"], on_line=lambda line: None)
 
 
