@@ -38,7 +38,7 @@ pytest: install
 long: install
 	$(BIN)/pytest -m long
 
-# 2.6 GB of state in two ranks: some minutes, 8 GB of memory, and nothing else running.
+# 2.6 GB of state in two ranks: 20 minutes, 12 GB of memory, and nothing else running.
 bench: install
 	$(BIN)/pytest tests/benchmarks --benchmark-enable --benchmark-columns=median,iqr,rounds
 
