@@ -26,6 +26,7 @@ from ckpt_core.export import (
     read_export,
 )
 from ckpt_core.export.names import Table, read_table
+from ckpt_core.format.index import read_index
 from ckpt_core.hub import publish
 from ckpt_core.verify import verify
 
@@ -159,6 +160,23 @@ def test_a_source_that_changes_is_named(tmp_path: Path, llama: tuple[Path, Asset
     with pytest.raises(errors.DamagedError, match=r"__0_0\.distcp: changed while it was converted"):
         convert(copy, target, assets=llama[1], progress=touch)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dcp"]
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+@pytest.mark.parametrize("max_shard_bytes", [10**9, 4000], ids=["one file", "several"])
+def test_a_flipped_byte_is_found(tmp_path: Path, name: str, max_shard_bytes: int) -> None:
+    """A chunk that is not as it was stored is a DamagedError, whether it is copied in order or cut into experts."""
+    directory, assets = checkpoint_of(model_of(name), tmp_path / "saved")
+    index = read_index(directory)
+    [largest] = [entry.chunks[0] for entry in sorted(index.tensors.values(), key=lambda e: -e.nbytes)[:1]]
+    with (directory / largest.span.file).open("r+b") as file:
+        file.seek(largest.span.offset + largest.span.length // 2)
+        [byte] = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+    with pytest.raises(errors.DamagedError, match="CRC32"):
+        convert(directory, tmp_path / "export", assets=assets, max_shard_bytes=max_shard_bytes)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["saved"]
 
 
 class TestWithoutDigests:
