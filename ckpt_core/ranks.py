@@ -68,7 +68,7 @@ def each(function: Callable[[], T]) -> list[T]:
     try:
         outcome: tuple[T | None, Exception | None] = (function(), None)
     except Exception as error:  # noqa: BLE001 - carried to every rank, then raised
-        outcome = (None, _portable(error))
+        outcome = (None, _portable(error) if initialized() else error)
     outcomes = gather(outcome)
     failure = next((error for _, error in (outcome, *outcomes) if error is not None), None)
     if failure is not None:

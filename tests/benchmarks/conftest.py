@@ -40,7 +40,7 @@ def measuring(pytestconfig: pytest.Config) -> bool:
     return pytestconfig.getoption("benchmark_enable")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def pool(pytestconfig: pytest.Config, measuring: bool) -> Iterator[RankPool]:
     """Two ranks with a state."""
     ranks = RankPool(2, pytestconfig.getoption("megabytes") if measuring else 40)

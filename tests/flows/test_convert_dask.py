@@ -9,15 +9,18 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from distributed import Client, LocalCluster
 from small_convert import SMALL_FILES, converting, task_names, weights
 from small_retrain import file_digests, tiny_model
 
 from ckpt_core import PyTorchCheckpoint
 from tasks.config import ExportSettings
+
+if TYPE_CHECKING:  # importing it changes how tracebacks are pickled, in every other test of this process
+    from distributed import LocalCluster
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("prefect_home")]
 
@@ -25,7 +28,9 @@ pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("prefect_home")]
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[LocalCluster]:
     """Two worker processes, and no dashboard, whose port may be taken."""
-    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+    import distributed
+
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
         yield cluster
 
 
@@ -42,7 +47,7 @@ def test_several_files_are_written_by_a_cluster(cluster: LocalCluster, checkpoin
     written = {f"write {file.name}": "Completed" for file in weights(target)}
     assert len(written) > 4
     assert task_names(state.state_details.flow_run_id).items() >= written.items()
-    with Client(cluster) as client:
+    with cluster.get_client() as client:
         assert client.run(lambda: "ckpt_core.export.work" in sys.modules).keys() == client.nthreads().keys()
         assert all(client.run(lambda: "ckpt_core.export.work" in sys.modules).values())
     elsewhere = tmp_path / "elsewhere"

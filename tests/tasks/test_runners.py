@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from prefect.settings import PREFECT_TASKS_RUNNER_PROCESS_POOL_MAX_WORKERS, temporary_settings
 from prefect.task_runners import ProcessPoolTaskRunner
-from prefect_dask.task_runners import DaskTaskRunner
 
 from ckpt_core.errors import ArgumentError
 from ckpt_core.workers import count_workers
@@ -39,6 +38,8 @@ def test_processes_are_as_many_as_prefect_is_told():
 
 def test_an_address_chooses_dask():
     """The scheduler is not looked for before there is something to do."""
+    from prefect_dask.task_runners import DaskTaskRunner
+
     assert task_runner("tcp://10.0.0.5:8786") == DaskTaskRunner(address="tcp://10.0.0.5:8786")
 
 
