@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from ckpt_core.errors import MismatchError
 from ckpt_core.export.adapter import PREFIX, Adapter, Part
 from ckpt_core.export.names import WRAPPERS
-from ckpt_core.export.plan import Output, Plan, in_file_order
+from ckpt_core.export.plan import Output, Plan, cast_rules, in_file_order
 from ckpt_core.export.recipe import copy_of
 from ckpt_core.format import dtypes
 from ckpt_core.format.index import Index
@@ -34,7 +34,7 @@ def plan_adapter(index: Index, adapter: Adapter, *, dtype: str | None, where: st
     _check_names_differ(outputs, where)
     rules = [f"adapter: {len(adapter.pairs)} modules with factors, of {len(outputs)} tensors, in PEFT's layout"]
     rules += [*_renamed(adapter, kept), *_dropped(adapter, kept)]
-    rules += [f"cast: {pair}" for pair in sorted({f"{o.stored} to {o.dtype}" for o in outputs if o.casts})]
+    rules += cast_rules(outputs)
     used = {part.stored: index.tensors[part.stored] for part in kept}
     return Plan(
         f"LoRA adapter of {adapter.config.base}", {ADAPTER_WEIGHTS_NAME: in_file_order(outputs)}, (), used, tuple(rules)
@@ -78,10 +78,7 @@ def _renamed(adapter: Adapter, kept: Iterable[Part]) -> list[str]:
     fronts = {name.rpartition(PREFIX)[0] for name in stored if PREFIX in name} - {""}
     within = {word for name in stored for word in name.rpartition(PREFIX)[2].split(".")} & WRAPPERS
     names = {part.adapter for part in kept if part.adapter}
-    rules = [
-        f"names: {pattern.pattern!r} replaced by {new!r}, by the table of names"
-        for pattern, new in adapter.table.rename
-    ]
+    rules = adapter.table.rules()
     rules += [f"names: {front!r} removed from the front" for front in sorted(fronts)]
     rules += [f"names: {word!r} removed from within" for word in sorted(within)]
     rules += [f"names: {name!r}, the adapter's name, removed from within" for name in sorted(names)]

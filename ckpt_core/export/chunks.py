@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from ckpt_core.export.cast import cast
 from ckpt_core.export.plan import Output
 from ckpt_core.export.recipe import Piece, Recipe
 from ckpt_core.export.stored import Stored
-from ckpt_core.export.stream import blocks, overlap
+from ckpt_core.export.stream import blocks, cut, overlap
 from ckpt_core.format import dtypes
 from ckpt_core.format.chunks import Words, bytes_of
 from ckpt_core.format.digests import crc32
@@ -51,8 +50,8 @@ class Part:
     def recipe(self) -> Recipe:
         """How it is made."""
         offsets, sizes = self.offsets or (0,), self.sizes or (1,)
-        cut = (_cut(piece, offsets, sizes) for piece in self.output.recipe.pieces)
-        return Recipe(self.sizes, sizes, tuple(piece for piece in cut if piece is not None))
+        inside = (_cut(piece, offsets, sizes) for piece in self.output.recipe.pieces)
+        return Recipe(self.sizes, sizes, tuple(piece for piece in inside if piece is not None))
 
 
 def _cut(piece: Piece, offsets: Shape, sizes: Shape) -> Piece | None:
@@ -71,18 +70,11 @@ def _cut(piece: Piece, offsets: Shape, sizes: Shape) -> Piece | None:
 def parts_of(output: Output) -> Iterator[Part]:
     """Cut a tensor into chunks, along its first axes."""
     shape, most = output.shape, CHUNK_BYTES // dtypes.ITEMSIZE[output.dtype]
-    split = 0
-    while split < len(shape) - 1 and math.prod(shape[split + 1 :]) > most:
-        split += 1
     if math.prod(shape) <= most:
         yield Part(output, (0,) * len(shape), shape)
         return
-    rest = shape[split + 1 :]
-    rows = max(1, most // math.prod(rest))
-    for outer in product(*(range(size) for size in shape[:split])):
-        for start in range(0, shape[split], rows):
-            sizes = ((1,) * split) + (min(rows, shape[split] - start), *rest)
-            yield Part(output, (*outer, start, *(0,) * len(rest)), sizes)
+    for block in cut(shape, most):
+        yield Part(output, block.offsets, block.sizes)
 
 
 def files_of(outputs: Sequence[Output], max_file_bytes: int, *, first: int = 0) -> dict[str, list[Part]]:

@@ -10,11 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
-from ckpt_core.errors import (
-    CkptError,
-    MismatchError,
-    NotACheckpointError,
-)
+from ckpt_core.errors import CkptError, MismatchError, NotACheckpointError
 from ckpt_core.export import work as works
 from ckpt_core.export.adapter import find_adapter, has_adapter
 from ckpt_core.export.adapter_config import ADAPTER_CONFIG_NAME, adapter_config, adapter_files
@@ -79,7 +75,7 @@ def convert(directory: Place, target: Path, *, assets: Assets, **settings: Unpac
     check_target(directory, target, overwrite=settings.get("overwrite", False))
     with works.held(work), _given_up(work), disk_errors(target):
         _begin(work, directory, target, assets, settings)
-        work.write_all(workers, settings.get("progress") or _ignore)
+        work.write_all(workers, settings.get("progress"))
         _finish(work, target, overwrite=settings.get("overwrite", False))
     return read_export(target)
 
@@ -291,7 +287,3 @@ def _small_files(assets: Assets, plan: Plan, dtype: str | None) -> dict[str, byt
         CONFIG_NAME: config_bytes(assets.config, plan.architecture, [o.dtype for o in plan.outputs], dtype),
         **others,
     }
-
-
-def _ignore(_done: int, _total: int) -> None:
-    """Tell nobody of bytes that were written."""

@@ -10,29 +10,25 @@ What a killed import leaves there, the next one to the same target deletes.
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING
 
 from ckpt_core import durable
-from ckpt_core.errors import ArgumentError, DamagedError, ExportExistsError, MismatchError, StepExistsError
+from ckpt_core.errors import ArgumentError, DamagedError
 from ckpt_core.export import work as works
 from ckpt_core.export.assets import CONFIG_NAME, Assets, config_bytes, read_assets
 from ckpt_core.export.chunks import Part, files_of, write_chunks, write_metadata
 from ckpt_core.export.computed import write_computed
 from ckpt_core.export.intake import Intake, plan_intake
 from ckpt_core.export.names import Table
-from ckpt_core.export.recipe import copy_of
 from ckpt_core.export.shard import Identity, identity_of
 from ckpt_core.export.stored import HfStored
-from ckpt_core.export.stream import blocks
-from ckpt_core.export.target import check_free, check_target, disk_errors
-from ckpt_core.export.work import Progress, Work
+from ckpt_core.export.target import check_free, check_target, disk_errors, give_name
+from ckpt_core.export.work import Progress, Tally, Work
+from ckpt_core.export.write import check_same
 from ckpt_core.format.index import Span
 from ckpt_core.hf_weights import HfWeights, read_weights
 from ckpt_core.state import MODEL_KEY
@@ -111,11 +107,11 @@ def import_hf(
             _write_assets(made / ASSETS_NAME, assets, intake, dtype)
             _check_twins(weights, intake)
             jobs = _jobs(weights, intake, assets, work.root, max_file_bytes)
-            writing = _Writing(intake, made, allow_nonfinite, progress or _ignore)
+            writing = _Writing(intake, made, allow_nonfinite, Tally(progress, intake.nbytes))
             chunks = writing.write_all(jobs, workers or count_workers(remote=not isinstance(weights.place, Path)))
             write_metadata(made, {name: chunks[name] for name in intake.names}, MODEL_KEY)
             _check_unchanged(weights, identities)
-            _finish(work, made, target, overwrite=overwrite)
+            give_name(made, target, work.root, overwrite=overwrite)
         finally:
             works.remove(work)
     return Import(target, intake.architecture, len(intake.names), intake.nbytes, intake.rules)
@@ -139,13 +135,12 @@ def _jobs(weights: HfWeights, intake: Intake, assets: Assets, scratch: Path, max
 class _Writing:
     """The files of a checkpoint, written several at once."""
 
-    def __init__(self, intake: Intake, directory: Path, allow_nonfinite: bool, progress: Progress) -> None:
+    def __init__(self, intake: Intake, directory: Path, allow_nonfinite: bool, told: Tally) -> None:
         self._layouts, self._directory, self._allow_nonfinite = intake.layouts, directory, allow_nonfinite
-        self._progress, self._total, self._done, self._lock = progress, intake.nbytes, 0, Lock()
+        self._told = told
 
     def write_all(self, jobs: Mapping[str, Job], workers: int) -> dict[str, list[tuple[Part, Span]]]:
         """Write files, by their names, until one fails; return the chunks of each tensor."""
-        self._progress(0, self._total)
         found: dict[str, list[tuple[Part, Span]]] = {}
         with ThreadPoolExecutor(workers, thread_name_prefix="ckpt-import") as pool:
             futures = [pool.submit(self._write, name, *job) for name, job in jobs.items()]
@@ -159,13 +154,8 @@ class _Writing:
     def _write(self, name: str, weights: HfWeights, parts: list[Part]) -> list[tuple[Part, Span]]:
         with HfStored(weights, self._layouts) as stored:
             path, allow = self._directory / name, self._allow_nonfinite
-            spans = write_chunks(path, parts, stored, allow_nonfinite=allow, written=self._add)
+            spans = write_chunks(path, parts, stored, allow_nonfinite=allow, written=self._told.add)
         return list(zip(parts, spans, strict=True))
-
-    def _add(self, nbytes: int) -> None:
-        with self._lock:
-            self._done += nbytes
-            self._progress(self._done, self._total)
 
 
 def _write_assets(directory: Path, assets: Assets, intake: Intake, dtype: str | None) -> None:
@@ -186,12 +176,7 @@ def _check_twins(weights: HfWeights, intake: Intake) -> None:
     with HfStored(weights) as stored:
         for twin, kept in intake.twins:
             (_, one), (_, other) = tensors[twin], tensors[kept]
-            flows = (blocks(stored, copy_of(name, one.shape), str(one.dtype)) for name in (twin, kept))
-            if one.code != other.code or not all((a == b).all() for a, b in zip(*flows, strict=True)):
-                raise MismatchError(
-                    f"{weights.place}: {twin} and {kept} differ, and the config ties them; set tie_word_embeddings "
-                    "to false in the config if they were trained apart."
-                )
+            check_same(stored, (twin, str(one.dtype), one.shape), (kept, str(other.dtype), other.shape))
 
 
 def _check_unchanged(weights: HfWeights, identities: Mapping[str, Identity]) -> None:
@@ -201,19 +186,3 @@ def _check_unchanged(weights: HfWeights, identities: Mapping[str, Identity]) -> 
                 f"{weights.place / file}: changed while it was imported; nothing was kept. Import again when nobody "
                 "writes there."
             )
-
-
-def _finish(work: Work, made: Path, target: Path, *, overwrite: bool) -> None:
-    """Give the checkpoint its name."""
-    durable.sync_tree(made)
-    if overwrite:
-        with suppress(FileNotFoundError):
-            target.rename(work.root / f"replaced-{uuid.uuid4().hex}")
-    try:
-        durable.rename_new(made, target)
-    except StepExistsError:
-        raise ExportExistsError(f"{target}: appeared while its content was being written; it was left alone.") from None
-
-
-def _ignore(_done: int, _total: int) -> None:
-    """Tell nobody of bytes that were written."""

@@ -13,10 +13,7 @@ from ckpt_core.errors import MismatchError
 from ckpt_core.export.architecture import Architecture, find_architecture
 from ckpt_core.export.hf_names import HfNames, match_names
 from ckpt_core.export.names import Table
-from ckpt_core.export.plan import (
-    Output,
-    rearranged,
-)
+from ckpt_core.export.plan import Output, cast_rules, rearranged
 from ckpt_core.export.recipe import Recipe, copy_of
 from ckpt_core.export.trace import inverted
 from ckpt_core.format import dtypes
@@ -90,7 +87,7 @@ def plan_intake(
         f"tied: {target} is {source}, stored under each name" for target, source in sorted(architecture.ties.items())
     ]
     rules += rearranged(recipes)
-    rules += [f"cast: {pair}" for pair in sorted({f"{o.stored} to {o.dtype}" for o in outputs if o.casts})]
+    rules += cast_rules(outputs)
     computed = _computed(architecture, outputs, dtype)
     rules += [f"computed: {output.name}, which the model makes by itself" for output in computed]
     layouts = {name: architecture.recipes[exported].layout for exported, name in names.first.items()}

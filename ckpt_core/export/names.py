@@ -34,6 +34,12 @@ class Table:
             name = pattern.sub(replacement, name)
         return name
 
+    def rules(self) -> list[str]:
+        """Say which names it replaces."""
+        return [
+            f"names: {pattern.pattern!r} replaced by {new!r}, by the table of names" for pattern, new in self.rename
+        ]
+
 
 def read_table(path: Path) -> Table:
     r"""Read a table: JSON such as `{"drop": ["^ema\\."], "rename": [["^net\\.", "model."]]}`, of regular expressions.
@@ -198,5 +204,4 @@ def _rules(found: Mapping[str, str], prefix: str, table: Table) -> list[str]:
     wrappers = {part for name in found.values() for part in name.split(".") if part in {*WRAPPERS, "module"}}
     own = {part for name in found for part in name.split(".")}
     rules += [f"names: {part!r} removed from within" for part in sorted(wrappers - own - set(prefix.split(".")))]
-    rules += [f"names: {pattern.pattern!r} replaced by {new!r}, by the table of names" for pattern, new in table.rename]
-    return rules
+    return rules + table.rules()

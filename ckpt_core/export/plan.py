@@ -137,7 +137,7 @@ def make_plan(
     rules += [f"tied: {target} is {source}, stored once" for target, source in sorted(ties.items())]
     rules += [source.trimmed for source in sources.values() if source.trimmed]
     rules += rearranged(architecture.recipes)
-    rules += [f"cast: {pair}" for pair in sorted({f"{o.stored} to {o.dtype}" for o in outputs if o.casts})]
+    rules += cast_rules(outputs)
     used = {name: index.tensors[name] for stored in twins.values() for name in stored}
     return Plan(architecture.name, _split(outputs, max_shard_bytes), tuple(repeated), used, tuple(rules))
 
@@ -223,6 +223,11 @@ def _output(
     cast = dtype is not None and stored in dtypes.FLOATING and wider in dtypes.FLOATING
     pieces = tuple(sources[piece.source].seen(piece) for piece in recipe.pieces)
     return Output(name, wider if cast else stored, stored, replace(recipe, pieces=pieces))
+
+
+def cast_rules(outputs: Iterable[Output]) -> list[str]:
+    """Say from which type to which tensors are cast."""
+    return [f"cast: {pair}" for pair in sorted({f"{o.stored} to {o.dtype}" for o in outputs if o.casts})]
 
 
 def rearranged(recipes: Mapping[str, Recipe]) -> list[str]:

@@ -60,7 +60,7 @@ def blocks(stored: Stored, recipe: Recipe, dtype: str, *, check: bool = True) ->
         for part in parts:
             part.crc32 = 0
     limit = max(BLOCK_BYTES, _REMOTE_BLOCK_BYTES if _is_remote(stored, parts) else 0)
-    for block, those in _meeting(_blocks(recipe.layout, limit // item), parts, recipe.layout):
+    for block, those in _meeting(cut(recipe.layout, limit // item), parts, recipe.layout):
         made = np.empty(block.sizes, words_of(dtype))
         for part in those:
             part.fill(made, block)
@@ -119,7 +119,7 @@ def _is_remote(stored: Stored, parts: Sequence[_Part]) -> bool:
     return bool(parts) and stored.source(parts[0].box.file).gap_bytes > 0
 
 
-def _blocks(layout: Shape, limit: int) -> Iterator[Block]:
+def cut(layout: Shape, limit: int) -> Iterator[Block]:
     """Yield boxes of at most `limit` elements that follow each other in row-major order."""
     split = 0
     while split < len(layout) - 1 and math.prod(layout[split + 1 :]) > limit:

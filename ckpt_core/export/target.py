@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import uuid
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ckpt_core.errors import ArgumentError, ExportError, ExportExistsError
+from ckpt_core import durable
+from ckpt_core.errors import ArgumentError, ExportError, ExportExistsError, StepExistsError
 from ckpt_core.format.manifest import MANIFEST_NAME
 
 if TYPE_CHECKING:
@@ -45,6 +47,22 @@ def check_free(target: Path, *, overwrite: bool) -> None:
     """
     if os.path.lexists(target) and not overwrite:
         raise ExportExistsError(f"{target}: exists; give another directory, or pass overwrite to replace it.")
+
+
+def give_name(made: Path, target: Path, aside: Path, *, overwrite: bool) -> None:
+    """Flush a directory that was made, and give it the name `target`; what is to be replaced is put into `aside`.
+
+    Raises:
+        ExportExistsError (a FileExistsError): the name is taken.
+    """
+    durable.sync_tree(made)
+    if overwrite:
+        with suppress(FileNotFoundError):
+            target.rename(aside / f"replaced-{uuid.uuid4().hex}")
+    try:
+        durable.rename_new(made, target)
+    except StepExistsError:
+        raise ExportExistsError(f"{target}: appeared while its content was being written; it was left alone.") from None
 
 
 @contextmanager

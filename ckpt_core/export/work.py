@@ -21,9 +21,10 @@ from threading import Lock
 from typing import Any
 
 from ckpt_core import durable
-from ckpt_core.errors import CommitError, DamagedError, ExportExistsError, StepExistsError
+from ckpt_core.errors import CommitError, DamagedError
 from ckpt_core.export.shard import Shard, parse_shard, shard_bytes
 from ckpt_core.export.stored import DcpStored
+from ckpt_core.export.target import give_name
 from ckpt_core.export.write import Care, write_shard
 from ckpt_core.format.digests import digest_bytes
 from ckpt_core.locks import EXCLUSIVE_NOW, SHARED, locked
@@ -78,10 +79,10 @@ class Work:
         with suppress(FileExistsError):
             durable.write_new(self.root / "done" / name, json.dumps(record).encode())
 
-    def write_all(self, workers: int, progress: Progress) -> None:
+    def write_all(self, workers: int, progress: Progress | None) -> None:
         """Write all files of weights that are still to be written, several at once, until one fails."""
         names = self.undone
-        told = _Tally(progress, sum(shard["bytes"] for name, shard in self.plan["shards"].items() if name in names))
+        told = Tally(progress, sum(shard["bytes"] for name, shard in self.plan["shards"].items() if name in names))
         with ThreadPoolExecutor(workers, thread_name_prefix="ckpt-convert") as pool:
             futures = [pool.submit(self.write, name, told.add) for name in names]
             try:
@@ -123,16 +124,7 @@ class Work:
         made = self.root / "export"
         durable.replace(self.root / record[0], record[1])
         (self.root / record[0]).replace(made / record[0])
-        durable.sync_tree(made)
-        if overwrite:
-            with suppress(FileNotFoundError):
-                target.rename(self.root / f"replaced-{uuid.uuid4().hex}")
-        try:
-            durable.rename_new(made, target)
-        except StepExistsError:
-            raise ExportExistsError(
-                f"{target}: appeared while its content was being written; it was left alone."
-            ) from None
+        give_name(made, target, self.root, overwrite=overwrite)
 
     def _read(self, path: Path) -> bytes:
         try:
@@ -141,18 +133,19 @@ class Work:
             raise CommitError(f"{path}: gone; another conversion to the same place took over. Begin again.") from None
 
 
-class _Tally:
+class Tally:
     """Adds up what several threads have done."""
 
-    def __init__(self, progress: Progress, total: int) -> None:
+    def __init__(self, progress: Progress | None, total: int) -> None:
         self._progress, self._total, self._done, self._lock = progress, total, 0, Lock()
-        progress(0, total)
+        self.add(0)
 
     def add(self, nbytes: int) -> None:
         """Tell of more bytes that were written."""
         with self._lock:
             self._done += nbytes
-            self._progress(self._done, self._total)
+            if self._progress is not None:
+                self._progress(self._done, self._total)
 
 
 def work_on(target: Path) -> Work:

@@ -21,6 +21,7 @@ from ckpt_core.export.stored import Stored
 from ckpt_core.export.stream import blocks, check_chunks, ranges
 from ckpt_core.format import dtypes
 from ckpt_core.format.chunks import Words, bytes_of
+from ckpt_core.format.index import Shape
 from ckpt_core.format.source import LocalSource
 from ckpt_core.values import Statistics, first_nonfinite
 
@@ -78,19 +79,25 @@ def check_ties(plan: Plan, stored: Stored) -> None:
     """
     for tie in plan.ties:
         kept, other = plan.tensors[tie.kept], plan.tensors[tie.source]
-        same = (kept.dtype, kept.shape) == (other.dtype, other.shape) and all(
-            bool((a == b).all())
-            for a, b in zip(
-                blocks(stored, copy_of(tie.kept, kept.shape), kept.dtype),
-                blocks(stored, copy_of(tie.source, other.shape), other.dtype),
-                strict=True,
-            )
+        check_same(stored, (tie.source, other.dtype, other.shape), (tie.kept, kept.dtype, kept.shape))
+
+
+Described = tuple[str, str, Shape]
+"""A stored tensor: its name, element type and shape."""
+
+
+def check_same(stored: Stored, twin: Described, kept: Described) -> None:
+    """Compare two tensors that the config ties, bit for bit.
+
+    Raises:
+        MismatchError: they differ.
+    """
+    flows = (blocks(stored, copy_of(name, shape), dtype) for name, dtype, shape in (twin, kept))
+    if twin[1:] != kept[1:] or not all((a == b).all() for a, b in zip(*flows, strict=True)):
+        raise MismatchError(
+            f"{stored.place}: {twin[0]} and {kept[0]} differ, and the config ties them; set tie_word_embeddings to "
+            "false in the config if they were trained apart."
         )
-        if not same:
-            raise MismatchError(
-                f"{stored.place}: {tie.source} and {tie.kept} differ, and the config ties them; set "
-                "tie_word_embeddings to false in the config if they were trained apart."
-            )
 
 
 def header_bytes(outputs: Sequence[Output], *, unit: int = 8) -> bytes:
