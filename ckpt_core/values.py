@@ -74,7 +74,9 @@ class Statistics:
 def _numbers(block: NDArray[Any], dtype: str) -> NDArray[np.floating[Any]] | None:
     """Return the values of floating-point elements, of the types that numpy can compute with."""
     if dtype == "bfloat16":
-        return (block.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        wide = block.view(np.uint16).astype(np.uint32)
+        wide <<= 16
+        return wide.view(np.float32)
     return block.view(dtype) if dtype in {"float64", "float32", "float16"} else None
 
 
