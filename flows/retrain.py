@@ -15,7 +15,7 @@ from pydantic import Field
 from ckpt_core import PyTorchCheckpoint, open_checkpoint, open_store
 from ckpt_core.errors import CheckpointError
 from ckpt_core.retention import Retention
-from ckpt_core.store import CHAMPION, local_path
+from ckpt_core.store import CHAMPION, local_path, step_name
 from flows.convert import default_target
 from flows.summary import Summary, card
 from tasks import artifacts, record
@@ -51,7 +51,7 @@ def retrain(
     seed: Annotated[int, Field(ge=0)] = 0,
     keep_checkpoints: Annotated[int, Field(ge=1)] = 4,
 ) -> dict[str, Any]:
-    """Train a model from its newest checkpoint on, and publish it if it is sound and better than what is published.
+    """Train a model from its champion's weights on, and publish it if it is sound and better than what is published.
 
     Run again after any stop, it continues where it was; after an end, it starts the next retrain.
 
@@ -78,7 +78,7 @@ def retrain(
     }
     with record.only_retrain(store, run):
         begun = record.begin(store, run, plan)
-        prepared = _prepare(store, run, model, data)
+        prepared = _prepare(store, run, model, data, begun)
         checkpoints = [train(job) for job in _jobs(store, run, model, steps, compute, seed, begun, prepared)]
         checkpoint = checkpoints[-1]
         validated = validate(str(checkpoint.url), run, prepared["heldout_tokens"], validation)
@@ -113,12 +113,15 @@ def _tidy(store: str, run: str, released: PyTorchCheckpoint | None, keep: int) -
         logger.warning("old checkpoints of run %s: %s", run, error)
 
 
-def _prepare(store: str, run: str, model: ModelSettings, data: DataSettings) -> dict[str, Any]:
-    """Prepare text for a run, with the tokenizer of its newest checkpoint, if it has one."""
-    newest = open_store(store).latest(run)
-    assets = newest.component("assets") if newest else None
-    directory = record.run_directory(store, run) / "data"
-    return prepare_data(model, data, str(directory), str(assets) if assets else None)
+def _prepare(store: str, run: str, model: ModelSettings, data: DataSettings, begun: record.Record) -> dict[str, Any]:
+    """Prepare text for a retrain, with the tokenizer of the weights that it starts from, or else of its own steps."""
+    directory = record.run_directory(store, run)
+    if begun.parent is None:
+        origin = open_store(store).latest(run)
+    else:
+        origin = open_checkpoint(directory / step_name(begun.parent))
+    assets = origin.component("assets") if origin else None
+    return prepare_data(model, data, str(directory / "data"), str(assets) if assets else None)
 
 
 def _export(
@@ -150,7 +153,7 @@ def _jobs(
     prepared: dict[str, Any],
 ) -> Iterator[Job]:
     """Yield the training jobs of a retrain; text of a step's own is prepared when its turn comes."""
-    start = begun.start_step
+    start, parent = begun.start_step, begun.parent
     for step in steps:
         text = prepared
         if step.data is not None:
@@ -161,6 +164,7 @@ def _jobs(
             run=run,
             start_step=start,
             end_step=start + step.steps,
+            parent=parent,
             seed=seed,
             model=model,
             step=step,
@@ -175,7 +179,7 @@ def _jobs(
                 "flow_run": str(flow_run.id),
             },
         )
-        start += step.steps
+        start = parent = start + step.steps
 
 
 def main() -> int:

@@ -6,9 +6,9 @@ flows, tasks and training ranks can all read it.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PYTHON_STDLIB = "python-stdlib"
 """The data source that is on every machine: the source code of Python's own standard library."""
@@ -143,8 +143,8 @@ class ComputeSettings(Settings):
 
     trainer: str = Field(default="tasks.worker", pattern=r"^[A-Za-z_][\w.]*$")
     """The module that torchrun starts. Yours may replace it: it is given the path of a job file (JSON: store,
-    run, start_step, end_step, lineage, settings) and commits a checkpoint of end_step, with that lineage, to that
-    store."""
+    run, start_step, end_step, parent, lineage, settings) and commits a checkpoint of end_step, with that lineage, to
+    that store."""
 
 
 class ValidationSettings(Settings):
@@ -166,25 +166,57 @@ class ExportSettings(Settings):
     max_shard_megabytes: float = Field(default=5000.0, gt=0)
     """Largest size of one safetensors file (10^6 bytes)."""
 
+    merge_adapter: bool = False
+    """Add a LoRA adapter to the model's weights, instead of exporting it as an adapter."""
+
     dask_address: str | None = None
     """Scheduler of a Dask cluster whose workers write the files, say `tcp://10.0.0.5:8786`; store and export are then
-    at the same paths on all its machines. Empty means processes of this machine."""
+    at the same paths or URLs on all its machines. Empty means processes of this machine."""
+
+
+class PolicySettings(Settings):
+    """When a new model takes the place of the one that is served, both measured on the same held-out data."""
+
+    metric: Literal["heldout_loss", "perplexity", "bits_per_byte", "accuracy"] = "heldout_loss"
+    """What decides: loss in nats a token, its exponential, bits a byte of text, or the share of right next tokens."""
+
+    direction: Literal["lower", "higher"] = "lower"
+    """Which way is better: `higher` for accuracy, `lower` for the others."""
+
+    margin: float = Field(default=0.0, ge=0)
+    """By how much the new model must be better, in the metric's unit."""
 
 
 class HubSettings(Settings):
-    """Where the release goes. The token comes from the environment (`HF_TOKEN`), never from here."""
+    """Where the release goes, and when it does. The token is never given here: see `token_block`."""
 
-    repo_id: str = Field(default="local/stdlib-llama", pattern=r"^[\w.-]+/[\w.-]+$")
-    """`owner/name` on the Hub."""
+    repo_id: str = Field(default="local/stdlib-llama", pattern=r"^([\w.-]+/[\w.-]+|[./~].*|[A-Za-z][\w+.-]*://.+)$")
+    """`owner/name` on the Hub; or a directory or bucket for releases, as an absolute path or a URL."""
 
     endpoint: str | None = None
     """The Hub's URL, say https://huggingface.co; empty means a local Hub server over `<store>/hub`."""
+
+    token_block: str | None = None
+    """Name of a Prefect Secret block that holds the Hub's token; empty means `HF_TOKEN` of the environment."""
 
     private: bool = False
     """Create the repository as private."""
 
     license: str | None = None
     """The model's licence, as the Hub abbreviates it."""
+
+    card_template: str | None = None
+    """Path of a Jinja2 template of your own for the model card; see `ckpt_core.hub.render_card`."""
+
+    policy: PolicySettings = PolicySettings()
+    """What decides between the new model and the one that is served."""
+
+    on_worse: Literal["stop", "branch", "approve"] = "stop"
+    """What becomes of a model that is not better: it stays here; it is uploaded to a branch of its own; or it is
+    uploaded, and a person approves or rejects it on the flow run's page."""
+
+    approval_hours: float = Field(default=12.0, gt=0)
+    """With `approve`: how long the flow run waits for that person; then the model is rejected."""
 
 
 class Job(Settings):
@@ -197,7 +229,10 @@ class Job(Settings):
     """The lineage that the checkpoints belong to."""
 
     start_step: int = Field(ge=0)
-    """Global step at which this job begins: 0, or that of the checkpoint whose weights it starts from."""
+    """Global step at which this job begins: 0, or that of the newest checkpoint when its retrain began."""
+
+    parent: int | None = Field(default=None, ge=0)
+    """Step of the checkpoint whose weights it starts from; empty means `start_step`, if that has a checkpoint."""
 
     end_step: int = Field(ge=1)
     """Global step at which this job is complete."""
@@ -220,3 +255,9 @@ class Job(Settings):
 
     lineage: dict[str, Any] = Field(default={})
     """Facts to record in each manifest, such as data fingerprints and the flow run's id."""
+
+    @model_validator(mode="after")
+    def _parent_lies_before(self) -> Self:
+        if self.parent is not None and self.parent > self.start_step:
+            raise ValueError(f"parent is step {self.parent}, but the job begins at step {self.start_step}")
+        return self

@@ -1,6 +1,7 @@
 """The retrain under way: what it set out to do and from where, so that a second run continues it or follows it.
 
-    <store>/<run>/retrain.json   the newest retrain of a run: its plan's digest, first step, and, when decided, outcome
+    <store>/<run>/retrain.json   the newest retrain of a run: its plan's digest, where it starts, and, when decided,
+                                 outcome
     <store>/<run>/retrain.lock   held while one runs
 
 The checkpoints themselves never change; what became of them is told here.
@@ -14,23 +15,28 @@ import json
 import os
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ckpt_core import durable, open_store
+from ckpt_core import durable, open_checkpoint, open_store
 from ckpt_core.errors import ArgumentError, DamagedError
-from ckpt_core.store import local_path
+from ckpt_core.store import CHAMPION, local_path, step_name
 
 RECORD_NAME = "retrain.json"
 
 
 @dataclass(frozen=True)
 class Record:
-    """One retrain of a run: `start_step` is the step that it starts from, 0 for nothing."""
+    """One retrain of a run."""
 
     plan: str
     start_step: int
+    """The newest step when it began, which its own are numbered after; 0 for none."""
+
+    parent: int | None = None
+    """The step whose weights it starts from: the champion's, or the newest where there is none."""
+
     outcome: dict[str, Any] | None = None
 
 
@@ -69,6 +75,10 @@ def begin(store: str, run: str, plan: Mapping[str, Any]) -> Record:
         store: the store's URL.
         run: the run's name.
         plan: all settings that decide what is trained, in JSON types.
+
+    Raises:
+        DamagedError: the record, or the champion's checkpoint, is damaged.
+        NotACheckpointError: the champion's checkpoint is not there.
     """
     digest = "sha256:" + hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
     path = run_directory(store, run) / RECORD_NAME
@@ -76,14 +86,24 @@ def begin(store: str, run: str, plan: Mapping[str, Any]) -> Record:
     if found is not None and found.plan == digest and found.outcome is None:
         return found
     newest = open_store(store).latest(run)
-    record = Record(digest, newest.step if newest else 0)
+    if newest is None:
+        record = Record(digest, 0)
+    else:
+        champion = _champion(store, run)
+        record = Record(digest, newest.step, newest.step if champion is None else champion)
     _write(path, record)
     return record
 
 
 def conclude(store: str, run: str, record: Record, outcome: Mapping[str, Any]) -> None:
-    """Write down what became of a retrain; the next one then starts where it ended."""
-    _write(run_directory(store, run) / RECORD_NAME, Record(record.plan, record.start_step, dict(outcome)))
+    """Write down what became of a retrain; the next one is then another."""
+    _write(run_directory(store, run) / RECORD_NAME, replace(record, outcome=dict(outcome)))
+
+
+def _champion(store: str, run: str) -> int | None:
+    """Return the champion's step, if a run has one; it is looked at, so that a loss of it is told before training."""
+    step = open_store(store).pins(run).get(CHAMPION)
+    return None if step is None else open_checkpoint(run_directory(store, run) / step_name(step)).step
 
 
 def run_directory(store: str, run: str) -> Path:

@@ -27,7 +27,7 @@ class Checkpoints:
     Args:
         job: whose checkpoints they are, and how to save them.
         store: where to.
-        newest: step and URL of the checkpoint that training starts from, if there is one.
+        newest: step and URL of the checkpoint that training starts from or continues, if there is one.
         announce: told step and URL of each step once it is committed.
     """
 

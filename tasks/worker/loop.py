@@ -13,7 +13,8 @@ from torch.nn.utils import clip_grad_norm_
 
 from ckpt_core import PyTorchCheckpoint, ranks
 from ckpt_core.errors import ArgumentError
-from ckpt_core.store import LocalStore, open_store
+from ckpt_core.store import LocalStore, open_checkpoint, open_store, step_name
+from ckpt_core.urls import place_of
 from tasks.worker.batches import batch, rank_share
 from tasks.worker.checkpoints import Checkpoints
 from tasks.worker.evaluate import heldout_loss
@@ -49,33 +50,33 @@ def train(job: Job, place: Place, stop_requested: Callable[[], bool]) -> bool:
         ArgumentError: the settings do not fit each other, the data, or what the store holds.
         FloatingPointError: the loss or the gradient is no number any more.
     """
-    newest = ranks.first(lambda: _newest(job))
-    if newest is not None and newest[0] >= job.end_step:
+    origin = ranks.first(lambda: _origin(job))
+    if origin is not None and origin[0] >= job.end_step:
         if place.rank == 0:
-            Progress(job.start_step, job.end_step, 0).note(newest[0], f"complete: {newest[1]}")
+            Progress(job.start_step, job.end_step, 0).note(origin[0], f"complete: {origin[1]}")
         return True
-    trainer = Trainer(job, place, newest)
+    trainer = Trainer(job, place, origin)
     return trainer.run(stop_requested)
 
 
 class Trainer:
     """The state of one rank between two steps. Making one is collective: it builds, shards and restores."""
 
-    def __init__(self, job: Job, place: Place, newest: tuple[int, str] | None) -> None:
+    def __init__(self, job: Job, place: Place, origin: tuple[int, str] | None) -> None:
         self.job, self.place = job, place
         self.tokens = TokenSet.open(job.train_tokens).tokens
         _check(job, place)
         self.step = job.start_step
         self.history = History()
-        self.model = self._build(load_weights=newest is None)
+        self.model = self._build(load_weights=origin is None)
         self.optimizer = make_optimizer(self.model, job.step)
         self.scheduler = make_schedule(
             self.optimizer, steps=job.end_step - job.start_step, warmup_steps=job.step.warmup_steps
         )
-        if newest is not None:
-            self._restore(*newest)
+        if origin is not None:
+            self._restore(*origin)
         self.log, self.progress = self._open_records()
-        self.checkpoints = Checkpoints(job, open_store(job.store), newest, self._announce)
+        self.checkpoints = Checkpoints(job, open_store(job.store), origin, self._announce)
 
     def run(self, stop_requested: Callable[[], bool]) -> bool:
         """Collective. Train to the end or until a stop; return whether the end was reached."""
@@ -178,7 +179,7 @@ class Trainer:
     def _restore(self, step: int, url: str) -> None:
         """Collective. Take everything from a checkpoint of this job, only weights from the one it starts from."""
         checkpoint = PyTorchCheckpoint.from_url(url)
-        if step == self.job.start_step:
+        if step <= self.job.start_step:
             checkpoint.restore(self.model)
             return
         state = checkpoint.restore(self.model, self.optimizer, scheduler=self.scheduler, rng=True)
@@ -202,8 +203,14 @@ class Trainer:
         return (self.step - self.job.start_step) * self.job.step.batch_size * self.tokens.shape[1]
 
 
-def _newest(job: Job) -> tuple[int, str] | None:
-    """Return step and URL of the newest checkpoint, or None where the job begins without one."""
+def _origin(job: Job) -> tuple[int, str] | None:
+    """Return step and URL of this job's newest checkpoint, else of its parent; None where it begins without one.
+
+    Raises:
+        ArgumentError: the checkpoint of `start_step` is not there.
+        NotACheckpointError: the parent is not there.
+        DamagedError: the parent is damaged.
+    """
     newest = open_store(job.store).latest(job.run)
     if newest is None and job.start_step > 0:
         raise ArgumentError(
@@ -217,7 +224,10 @@ def _newest(job: Job) -> tuple[int, str] | None:
             f"{newest.url} is the newest checkpoint of run {job.run!r}, but the job starts from step "
             f"{job.start_step}; run the training step before it first"
         )
-    return newest.step, str(newest.url)
+    if newest.step == job.start_step and job.parent is not None:
+        parent = open_checkpoint(place_of(job.store) / job.run / step_name(job.parent))
+        return parent.step, parent.url
+    return newest.step, newest.url
 
 
 def _check(job: Job, place: Place) -> None:

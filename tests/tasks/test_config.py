@@ -96,6 +96,12 @@ def test_a_run_is_a_directory_name(run: str):
         job(run=run)
 
 
+def test_a_parent_lies_before_the_job():
+    """Weights cannot come from a step that the job itself is to make."""
+    with pytest.raises(ValidationError, match="parent is step 5, but the job begins at step 4"):
+        job(start_step=4, end_step=8, parent=5)
+
+
 def test_settings_are_frozen():
     """What a flow was started with cannot change under way."""
     with pytest.raises(ValidationError, match="frozen"):

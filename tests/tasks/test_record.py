@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ckpt_core import PyTorchCheckpoint
-from ckpt_core.errors import ArgumentError, DamagedError
+from ckpt_core import PyTorchCheckpoint, open_store
+from ckpt_core.errors import ArgumentError, DamagedError, NotACheckpointError
+from ckpt_core.store import CHAMPION
 from tasks import record
 
 PLAN = {"steps": [{"steps": 4}], "seed": 0}
@@ -47,7 +49,29 @@ def test_after_a_decided_retrain_comes_the_next(store: Path):
     commit(store, 4)
     record.conclude(str(store), "default", begun, {"decision": "published", "version": "v1"})
     following = record.begin(str(store), "default", PLAN)
-    assert following == record.Record(begun.plan, 4)
+    assert following == record.Record(begun.plan, start_step=4, parent=4)
+
+
+def test_a_retrain_starts_from_the_champion(store: Path):
+    """Its weights are the pinned step's, its steps come after the newest; a pin that moves later changes nothing."""
+    for step in (4, 8):
+        commit(store, step)
+    open_store(store).pin("default", CHAMPION, 4)
+    begun = record.begin(str(store), "default", PLAN)
+    assert (begun.start_step, begun.parent) == (8, 4)
+    open_store(store).pin("default", CHAMPION, 8)
+    assert record.begin(str(store), "default", PLAN) == begun
+
+
+def test_a_champion_that_is_gone_is_told_before_training(store: Path):
+    """The error names its directory, and no retrain is begun."""
+    for step in (4, 8):
+        commit(store, step)
+    open_store(store).pin("default", CHAMPION, 4)
+    shutil.rmtree(store / "default" / "step_0000000004")
+    with pytest.raises(NotACheckpointError, match=r"step_0000000004: no manifest\.json"):
+        record.begin(str(store), "default", PLAN)
+    assert not (store / "default" / "retrain.json").exists()
 
 
 def test_another_plan_is_another_retrain(store: Path):
@@ -64,7 +88,8 @@ def test_a_conclusion_is_kept(store: Path):
     begun = record.begin(store.as_uri(), "default", PLAN)
     record.conclude(store.as_uri(), "default", begun, {"decision": "kept", "version": "v1"})
     kept = json.loads((store / "default" / "retrain.json").read_text())
-    assert kept == {"plan": begun.plan, "start_step": 0, "outcome": {"decision": "kept", "version": "v1"}}
+    outcome = {"decision": "kept", "version": "v1"}
+    assert kept == {"plan": begun.plan, "start_step": 0, "parent": None, "outcome": outcome}
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"plan": "x", "start_step": 0, "more": 1}'])

@@ -219,6 +219,28 @@ def test_second_phase_starts_from_the_weights_alone(server, uninterrupted, tmp_p
     assert final_state(third) == final_state(second)
 
 
+def test_a_parent_gives_its_weights_to_later_steps(server, uninterrupted, tmp_path):
+    """An older step is trained on after the newest; stopped and started again it ends with the same bits."""
+    first, _ = uninterrupted(1)
+    whole, stopped = (
+        first.model_copy(update={"store": str(tmp_path / name), "start_step": 12, "end_step": 18, "parent": 4})
+        for name in ("whole", "stopped")
+    )
+    for job in (whole, stopped):
+        shutil.copytree(first.store, job.store)
+    assert server.run(whole)["codes"] == [0]
+    assert committed_steps(whole) == [2, 4, 6, 8, 10, 12, 14, 16, 18]
+    assert manifest(whole, 14).lineage["parent"]["step"] == 4
+    assert manifest(whole, 16).lineage["parent"]["step"] == 14
+    assert manifest(whole, 18).metrics["initial_heldout_loss"] == manifest(first, 4).metrics["heldout_loss"]
+    assert step_records(whole)[:12] == step_records(first)
+    server.run(stopped, term_at="step 13/18")
+    assert committed_steps(stopped)[-1] < 18
+    assert server.run(stopped)["codes"] == [0]
+    assert final_state(stopped) == final_state(whole)
+    assert step_records(stopped) == step_records(whole)
+
+
 def test_manifest_tells_how_it_was_trained(uninterrupted):
     """A manifest holds settings, losses, lineage and hardware, in a few KB."""
     job, _ = uninterrupted(2)
