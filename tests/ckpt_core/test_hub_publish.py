@@ -8,11 +8,10 @@ import sys
 from base64 import b64decode
 
 import pytest
-import yaml
 from hub_child import child_environment_for, run_child
 
 from ckpt_core.errors import ArgumentError, DamagedError, HubAuthError, HubConflictError, HubContentError, HubError
-from ckpt_core.hub import child_environment, render_card
+from ckpt_core.hub import child_environment
 from ckpt_core.hub.contents import read_contents
 from ckpt_core.testing.hub_repo import Put
 from ckpt_core.testing.hub_repos import Repos
@@ -520,48 +519,3 @@ def test_wrong_names_are_refused(client, export):
         with pytest.raises(ArgumentError):
             client.call("publish", export, name, **options)
     assert client.requests == []
-
-
-HOSTILE = 'x: [1]\n---\n| <b>"\\`*_#'
-
-
-def card(**options):
-    """Render a card of which a test changes some arguments."""
-    given = {"title": "Tiny", "summary": "A model.\n\nSecond.", "repo_id": REPO, "metrics": {"loss": 1.25}}
-    return render_card(**{**given, **options})
-
-
-def test_a_card_says_what_it_is_and_how_to_load_it():
-    """A card holds the Hub's metadata, its tables in order, and code that loads it, at its tag where there is one."""
-    text = card(lineage={"run": "r1", "step": 500}, hardware={"device": "cpu"}, license="apache-2.0", tags=["tiny"])
-    assert text == (
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\nlicense: apache-2.0\n"
-        "tags:\n- ckptflow\n- safetensors\n- tiny\n---\n\n# Tiny\n\nA model.\n\nSecond.\n\n"
-        "## Metrics\n\n| Metric | Value |\n| --- | --- |\n| loss | 1.25 |\n\n"
-        "## Lineage\n\n| What | Value |\n| --- | --- |\n| run | r1 |\n| step | 500 |\n\n"
-        "## Hardware\n\n| What | Value |\n| --- | --- |\n| device | cpu |\n\n"
-        "## How to load\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("team/model")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("team/model")\n```\n'
-    )
-    assert '"team/model", revision="v3")' in card(tag="v3")
-
-
-def test_a_hostile_name_stays_text_in_a_card():
-    """Names from users change neither the YAML of a card nor its tables and headings."""
-    assert "\n\n\\- a\n\n2\\. b\n\n" in card(summary="- a\n\n2. b")
-    text = card(title=HOSTILE, license=HOSTILE, tags=[HOSTILE], metrics={HOSTILE: 1}, lineage={"a": HOSTILE})
-    front, body = text.removeprefix("---\n").split("\n---\n", 1)
-    metadata = yaml.safe_load(front)
-    assert (metadata["license"], metadata["tags"][-1]) == (HOSTILE, HOSTILE)
-    escaped = r'x: \[1\] --- \| \<b\>"\\\`\*\_\#'
-    assert body.splitlines()[1] == f"# {escaped}"
-    assert f"| {escaped} | 1 |" in body.splitlines()
-    assert f"| a | {escaped} |" in body.splitlines()
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), True, "1"])
-def test_a_metric_is_a_finite_number(value):
-    """A metric that is not a finite number is refused by name."""
-    with pytest.raises(ArgumentError, match="metric 'loss' is"):
-        card(metrics={"loss": value})
