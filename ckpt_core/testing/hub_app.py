@@ -1,6 +1,6 @@
 """The local Hub as an ASGI application: what the `huggingface_hub` client asks of huggingface.co.
 
-Model repositories only, large files by LFS only (no Xet), no pull requests, no `.gitignore` rules.
+Model repositories only, large files by LFS and by Xet, no discussions, no `.gitignore` rules.
 """
 
 from collections.abc import Sequence
@@ -15,12 +15,15 @@ from starlette.routing import Route
 
 from ckpt_core.testing.hub_auth import Gate
 from ckpt_core.testing.hub_cards import parse_card
-from ckpt_core.testing.hub_commits import API, Commits
+from ckpt_core.testing.hub_cas import Cas
+from ckpt_core.testing.hub_commits import Commits
 from ckpt_core.testing.hub_lfs import Lfs
 from ckpt_core.testing.hub_names import Refusal
+from ckpt_core.testing.hub_pulls import Pulls
 from ckpt_core.testing.hub_reads import Reads
 from ckpt_core.testing.hub_repos import Repos
-from ckpt_core.testing.hub_requests import Observed, OnRequest, RawPaths, answering, json_object, refuse, repo_id, text
+from ckpt_core.testing.hub_requests import API, RawPaths, answering, json_object, refuse, repo_id, text
+from ckpt_core.testing.hub_xet import Xet
 
 USER = "local"  # the namespace of repositories that are created without one
 
@@ -30,23 +33,27 @@ def create_app(
     *,
     token: str | None = None,
     read_only_token: str | None = None,
-    on_request: OnRequest | None = None,
+    xet: bool = True,
     part_size: int = 5 * 10**9,
     page_size: int = 1000,
 ) -> Starlette:
-    """Build the application over the repositories in `directory`, which is created where it is missing."""
+    """Build the application over the repositories in `directory`, which is created where it is missing.
+
+    Without `xet` it answers as a Hub that has LFS alone. `part_size` is in bytes: larger LFS uploads come in parts.
+    """
     repos, gate = Repos(directory), Gate(token, read_only_token)
-    accounts = _Accounts(repos, gate)
-    routes = [
-        *accounts.routes(),
+    cas = Cas(directory) if xet else None
+    storage = Xet(repos, gate, cas) if cas else None
+    routes: list[Route] = [
+        *_Accounts(repos, gate).routes(),
         *Lfs(repos, gate, part_size).routes(),
-        *Commits(repos, gate).routes(),
-        *Reads(repos, gate, page_size).routes(),
+        *(storage.routes() if storage else []),
+        *Commits(repos, gate, cas).routes(),
+        *Pulls(repos, gate).routes(),
+        *Reads(repos, gate, storage, page_size).routes(),
     ]
     # A page in a browser could otherwise reach this server through a name that resolves to loopback.
     middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"]), Middleware(RawPaths)]
-    if on_request is not None:
-        middleware.insert(0, Middleware(Observed, on_request=on_request))
     return Starlette(routes=routes, middleware=middleware, exception_handlers={Refusal: refuse})
 
 

@@ -11,20 +11,22 @@ from starlette.routing import Route
 
 from ckpt_core.testing import hub_trees
 from ckpt_core.testing.hub_auth import Gate
+from ckpt_core.testing.hub_cas import Cas
+from ckpt_core.testing.hub_files import link
 from ckpt_core.testing.hub_names import Refusal, check_path
+from ckpt_core.testing.hub_pulls import open_pull
 from ckpt_core.testing.hub_repo import Change, Copy, Put, Remove, Repo
 from ckpt_core.testing.hub_repos import Repos
-from ckpt_core.testing.hub_requests import answering, integer, json_object, repo_id, text
-
-API = "/api/models/{namespace:quoted}/{name:quoted}"
+from ckpt_core.testing.hub_requests import API, answering, flag, integer, json_object, repo_id, text
 
 
 class Commits:
     """Writing to a repository: preupload, commit, branches and tags."""
 
-    def __init__(self, repos: Repos, gate: Gate) -> None:
+    def __init__(self, repos: Repos, gate: Gate, cas: Cas | None) -> None:
         self._repos = repos
         self._gate = gate
+        self._cas = cas
 
     def routes(self) -> Sequence[Route]:
         """Return the routes that this protocol needs."""
@@ -56,18 +58,22 @@ class Commits:
     def commit(self, request: Request, body: bytes) -> Response:
         """Commit every operation of the request at once, or nothing."""
         repo = self._writable(request)
-        if "create_pr" in request.query_params:
-            raise Refusal(400, "This server has no pull requests; commit to a branch")
         lines = [json_object(line) for line in body.splitlines() if line.strip()]
         headers = [line["value"] for line in lines if line.get("key") == "header"]
         if len(headers) != 1:
             raise Refusal(400, "A commit has exactly one header")
-        changes = [_change(repo, line) for line in lines if line.get("key") != "header"]
+        changes = [self._change(repo, line) for line in lines if line.get("key") != "header"]
         title, message = text(headers[0], "summary"), headers[0].get("description") or ""
-        branch = request.path_params["revision"]
-        commit_id = repo.apply(branch, changes, title, message, headers[0].get("parentCommit"))
+        branch, parent, pull = request.path_params["revision"], headers[0].get("parentCommit"), None
+        if flag(request.query_params.get("create_pr")):
+            pull = open_pull(repo, title, start=parent or "main")
+            branch = pull.ref
+        commit_id = repo.apply(branch, changes, title, message, parent)
         url = f"{request.base_url}{repo.id}/commit/{commit_id}"
-        return JSONResponse({"success": True, "commitOid": commit_id, "commitUrl": url, "hookOutput": ""})
+        answer: dict[str, Any] = {"success": True, "commitOid": commit_id, "commitUrl": url, "hookOutput": ""}
+        if pull is not None:
+            answer["pullRequestUrl"] = f"{request.base_url}{repo.id}/discussions/{pull.number}"
+        return JSONResponse(answer)
 
     def create_branch(self, request: Request, body: bytes) -> Response:
         """Create a branch at a revision, or at the head of main."""
@@ -94,34 +100,35 @@ class Commits:
         self._gate.check_write(request)
         return self._repos.get(repo_id(request))
 
+    def _change(self, repo: Repo, line: dict[str, Any]) -> Change:
+        value = cast("dict[str, Any]", line.get("value"))
+        path = text(value, "path")
+        match line.get("key"):
+            case "file":
+                content = text(value, "content")
+                plain = _decode(content) if value.get("encoding") == "base64" else content.encode()
+                return Put(path, repo.store(plain))
+            case "lfsFile":
+                return Put(path, self._uploaded(repo, text(value, "oid"), value.get("size")))
+            case "copyFile":
+                return Copy(path, text(value, "srcPath"), value.get("srcRevision"))
+            case "deletedFile":
+                return Remove(path)
+            case "deletedFolder":
+                return Remove(path.rstrip("/"), folder=True)
+            case other:
+                raise Refusal(400, f"Unknown operation in a commit: {other!r}")
 
-def _change(repo: Repo, line: dict[str, Any]) -> Change:
-    value = cast("dict[str, Any]", line.get("value"))
-    path = text(value, "path")
-    match line.get("key"):
-        case "file":
-            content = text(value, "content")
-            return Put(path, repo.store(_decode(content) if value.get("encoding") == "base64" else content.encode()))
-        case "lfsFile":
-            return Put(path, _uploaded(repo, text(value, "oid"), value.get("size")))
-        case "copyFile":
-            return Copy(path, text(value, "srcPath"), value.get("srcRevision"))
-        case "deletedFile":
-            return Remove(path)
-        case "deletedFolder":
-            return Remove(path.rstrip("/"), folder=True)
-        case other:
-            raise Refusal(400, f"Unknown operation in a commit: {other!r}")
-
-
-def _uploaded(repo: Repo, oid: str, declared_size: int | None) -> hub_trees.Entry:
-    path = repo.object_file(oid)
-    if not path.exists():
-        raise Refusal(400, f"LFS object {oid} was not uploaded")
-    size = path.stat().st_size
-    if declared_size not in (None, size):
-        raise Refusal(400, f"LFS object {oid} has {size} bytes, not {declared_size}")
-    return hub_trees.lfs_entry(oid, size)
+    def _uploaded(self, repo: Repo, oid: str, declared_size: int | None) -> hub_trees.Entry:
+        path = repo.object_file(oid)
+        if not path.exists() and self._cas is not None and (content := self._cas.content(oid)):
+            link(content, path)
+        if not path.exists():
+            raise Refusal(400, f"LFS object {oid} was not uploaded")
+        size = path.stat().st_size
+        if declared_size not in (None, size):
+            raise Refusal(400, f"LFS object {oid} has {size} bytes, not {declared_size}")
+        return hub_trees.lfs_entry(oid, size)
 
 
 def _decode(value: str) -> bytes:

@@ -3,7 +3,7 @@
 import os
 import tempfile
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,6 +29,13 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write a small file whole or not at all."""
     with atomic_file(path) as file:
         file.write(content)
+
+
+def link(source: Path, target: Path) -> None:
+    """Give a file a second name, durably; a target that is there already is the same content."""
+    with suppress(FileExistsError):
+        target.hardlink_to(source)
+    sync_directory(target.parent)
 
 
 def sync_directory(directory: Path) -> None:

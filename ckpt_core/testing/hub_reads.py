@@ -11,11 +11,11 @@ from starlette.routing import Route
 from ckpt_core.testing import hub_trees
 from ckpt_core.testing.hub_auth import Gate
 from ckpt_core.testing.hub_cards import card_metadata
-from ckpt_core.testing.hub_commits import API
 from ckpt_core.testing.hub_names import Refusal, check_path
 from ckpt_core.testing.hub_repo import Commit, Repo
 from ckpt_core.testing.hub_repos import Repos
-from ckpt_core.testing.hub_requests import answering, flag, repo_id
+from ckpt_core.testing.hub_requests import API, answering, flag, repo_id
+from ckpt_core.testing.hub_xet import Xet
 
 
 class _ObjectResponse(FileResponse):
@@ -25,9 +25,10 @@ class _ObjectResponse(FileResponse):
 class Reads:
     """Everything that changes nothing; long listings come in pages of `page_size`."""
 
-    def __init__(self, repos: Repos, gate: Gate, page_size: int) -> None:
+    def __init__(self, repos: Repos, gate: Gate, xet: Xet | None, page_size: int) -> None:
         self._repos = repos
         self._gate = gate
+        self._xet = xet
         self._page_size = page_size
 
     def routes(self) -> Sequence[Route]:
@@ -83,10 +84,11 @@ class Reads:
         return JSONResponse({})
 
     def refs(self, request: Request, _: bytes) -> Response:
-        """List branches and tags."""
+        """List branches and tags, and where it is asked for, what pull requests propose."""
         refs = self._readable(request).refs()
-        branches, tags = _refs("heads", refs.branches), _refs("tags", refs.tags)
-        return JSONResponse({"branches": branches, "tags": tags, "converts": [], "pullRequests": []})
+        branches, tags = _refs("refs/heads/", refs.branches), _refs("refs/tags/", refs.tags)
+        pulls = _refs("", refs.pulls) if flag(request.query_params.get("include_prs")) else []
+        return JSONResponse({"branches": branches, "tags": tags, "converts": [], "pullRequests": pulls})
 
     def commits(self, request: Request, _: bytes) -> Response:
         """List a revision's commits, newest first."""
@@ -112,6 +114,8 @@ class Reads:
         found = [items[path] for path in form.get("paths", []) if path in items]
         if flag(form.get("expand", ["false"])[0]):
             _add_last_commits(repo, commit.id, found)
+        if self._xet is not None:
+            self._xet.annotate(found)
         return JSONResponse(found)
 
     def file(self, request: Request, _: bytes) -> Response:
@@ -123,6 +127,7 @@ class Reads:
         headers = {"X-Repo-Commit": commit_id, "ETag": f'"{entry.etag}"'}
         if entry.lfs:
             headers |= {"X-Linked-ETag": f'"{entry.etag}"', "X-Linked-Size": str(entry.size)}
+            headers |= self._xet.headers(request, entry.sha256) if self._xet else {}
         return _ObjectResponse(repo.object_file(entry.sha256), headers=headers, media_type="application/octet-stream")
 
     def _readable(self, request: Request) -> Repo:
@@ -138,6 +143,8 @@ class Reads:
         page = items[start:end]
         if expand is not None:
             _add_last_commits(expand, request.path_params["revision"], page)
+        if self._xet is not None:
+            self._xet.annotate(page)
         following = request.url.include_query_params(cursor=end)
         headers = {"Link": f'<{following}>; rel="next"'} if end < len(items) else None
         return JSONResponse(page, headers=headers)
@@ -155,8 +162,8 @@ def _siblings(commit: Commit, *, blobs: bool) -> list[dict[str, Any]]:
     return siblings
 
 
-def _refs(kind: str, names: dict[str, str]) -> list[dict[str, str]]:
-    return [{"name": name, "ref": f"refs/{kind}/{name}", "targetCommit": names[name]} for name in sorted(names)]
+def _refs(prefix: str, names: dict[str, str]) -> list[dict[str, str]]:
+    return [{"name": name, "ref": prefix + name, "targetCommit": names[name]} for name in sorted(names)]
 
 
 def _commit_json(commit: Commit) -> dict[str, Any]:

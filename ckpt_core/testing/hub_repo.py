@@ -4,7 +4,7 @@ import fcntl
 import json
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
@@ -29,10 +29,11 @@ class Commit:
 
 @dataclass(frozen=True)
 class Refs:
-    """Where branches and tags point."""
+    """Where branches, tags and pull requests (named `refs/pr/<number>`) point."""
 
     branches: dict[str, str]
     tags: dict[str, str]
+    pulls: dict[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,9 @@ class Repo:
     def initialise(cls, path: Path, repo_id: str, lock_file: Path, *, private: bool) -> Self:
         """Lay out a new repository whose first commit holds `.gitattributes`, as on the Hub."""
         repo = cls(path, repo_id, lock_file)
-        for folder in ("commits", "objects", "parts"):
+        for folder in ("commits", "objects", "parts", "pulls"):
             (path / folder).mkdir(parents=True)
-        repo._write("repo.json", {"private": private, "created": _now()})
+        repo._write("repo.json", {"private": private, "created": now()})
         entry = repo.store(hub_trees.DEFAULT_ATTRIBUTES)
         first = repo._save_commit({hub_trees.GIT_ATTRIBUTES: entry}, None, "initial commit", "")
         repo._write("refs.json", asdict(Refs(branches={"main": first}, tags={})))
@@ -106,13 +107,13 @@ class Repo:
             self._write("repo.json", {**self.settings, "private": private})
 
     def refs(self) -> Refs:
-        """Return all branches and tags."""
+        """Return all branches, tags and pull requests."""
         return Refs(**self._read("refs.json"))
 
     def resolve(self, revision: str) -> str:
-        """Return the commit id of a branch, a tag or a full commit id."""
+        """Return the commit id of a branch, a tag, a pull request or a full commit id."""
         refs = self.refs()
-        for names in (refs.branches, refs.tags):
+        for names in (refs.branches, refs.tags, refs.pulls):
             if revision in names:
                 return names[revision]
         if hub_names.COMMIT.fullmatch(revision) and self._commit_file(revision).exists():
@@ -163,9 +164,10 @@ class Repo:
         """Commit all changes at once and return the new id; a `parent` that is not the head is refused with 412."""
         with self._writing():
             refs = self.refs()
-            if branch not in refs.branches:
+            names = refs.pulls if branch in refs.pulls else refs.branches
+            if branch not in names:
                 raise Refusal(404, f"There is no branch {branch}", code="RevisionNotFound")
-            head = refs.branches[branch]
+            head = names[branch]
             if parent is not None and parent != head:
                 raise Refusal(412, "A commit has happened since. Please refresh and try again.")
             files = self.commit(head).files
@@ -175,11 +177,12 @@ class Repo:
             if clash := hub_trees.clashes(files):
                 raise Refusal(400, f"{clash[0]} would be a file and a folder")
             commit_id = self._save_commit(files, head, title, message)
-            self._write("refs.json", asdict(Refs({**refs.branches, branch: commit_id}, refs.tags)))
+            names[branch] = commit_id
+            self._write("refs.json", asdict(refs))
         return commit_id
 
     def add_ref(self, kind: str, name: str, revision: str) -> None:
-        """Create a branch (`branches`) or a tag (`tags`); an existing one is refused with 409."""
+        """Create a branch (`branches`), a tag (`tags`) or the ref of a pull request (`pulls`); 409 where it exists."""
         hub_names.check_ref(name)
         with self._writing():
             refs = asdict(self.refs())
@@ -224,7 +227,7 @@ class Repo:
             files[hub_trees.GIT_ATTRIBUTES] = self.store(attributes + lines.encode())
 
     def _save_commit(self, files: dict[str, Entry], parent: str | None, title: str, message: str) -> str:
-        date = _now()
+        date = now()
         tree = hub_trees.folder_ids(files)[""]
         signature = f"local <local@localhost> {date}"
         content = f"tree {tree}\nparent {parent}\nauthor {signature}\n\n{title}\n\n{message}".encode()
@@ -250,5 +253,6 @@ class Repo:
         write_atomically(self.path / name, json.dumps(value, indent=1).encode())
 
 
-def _now() -> str:
+def now() -> str:
+    """Return the time as the Hub writes it."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")

@@ -2,10 +2,12 @@
 
     DIR/<namespace>/<name>/
       repo.json             private or not, when it was created
-      refs.json             branches and tags, each a commit id
+      refs.json             branches, tags and pull requests, each a commit id
       commits/<id>.json     parent, title, message, date, and every file of the commit
       objects/<sha256>      the bytes of a file, once each
       parts/                uploads that are not complete yet
+      pulls/<number>.json   pull requests
+    DIR/.xet/               what was uploaded through Xet: `hub_cas` draws it
     DIR/.locks/             one lock a repository, for threads and processes alike
 
 Paths in a repository are never paths on disk, and every name that is one was matched against a pattern first.

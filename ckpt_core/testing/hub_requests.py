@@ -9,13 +9,13 @@ from starlette.concurrency import run_in_threadpool
 from starlette.convertors import Convertor, register_url_convertor
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ckpt_core.testing.hub_names import Refusal
 
 T = TypeVar("T")
+API = "/api/models/{namespace:quoted}/{name:quoted}"
 Handler = Callable[[Request, bytes], Response]
-OnRequest = Callable[[str, str, int], None]
 
 
 class _Quoted(Convertor[str]):
@@ -49,24 +49,6 @@ class RawPaths:
         if scope["type"] == "http":
             scope = {**scope, "path": scope["raw_path"].decode("latin-1")}
         await self._app(scope, receive, send)
-
-
-class Observed:
-    """Tell a callback the method, path and status of each answer."""
-
-    def __init__(self, app: ASGIApp, on_request: OnRequest) -> None:
-        self._app = app
-        self._on_request = on_request
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
-
-        async def observe(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                self._on_request(scope["method"], scope["path"], message["status"])
-            await send(message)
-
-        await self._app(scope, receive, observe)
 
 
 def answering(handler: Handler) -> Callable[[Request], Awaitable[Response]]:

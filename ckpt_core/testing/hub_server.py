@@ -2,6 +2,7 @@
 
 with hub_server("hub") as server:
     HfApi(endpoint=server.endpoint).create_repo("team/model")
+    print(sum(request.received for request in server.requests), "bytes sent")
 """
 
 import errno
@@ -17,9 +18,13 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from ckpt_core.errors import ArgumentError
 from ckpt_core.testing.hub_app import create_app
+from ckpt_core.testing.hub_faults import Faults
+from ckpt_core.testing.hub_log import OnRequest, Recorded, RequestLog
+from ckpt_core.testing.hub_wire import Cuttable, Faulty
 
 _HOST = "127.0.0.1"
 _HIGHEST_PORT = 65535
@@ -28,10 +33,11 @@ _GRACE_SECONDS = 5
 
 @dataclass(frozen=True)
 class HubServer:
-    """A running server: where it answers, and where it keeps its repositories."""
+    """A running server: where it answers, where it keeps its repositories, and what it was asked."""
 
     endpoint: str
     directory: Path
+    requests: RequestLog
 
 
 def serve(
@@ -39,31 +45,43 @@ def serve(
     *,
     port: int = 0,
     ready: Callable[[HubServer], None] | None = None,
+    faults: Faults | None = None,
+    on_request: OnRequest | None = None,
     **options: Any,
 ) -> None:
     """Serve the repositories in `directory` until SIGTERM or SIGINT, then finish open requests and return.
 
-    `port` 0 takes a free one; `ready` is called once, when connections are accepted. `options` are those of
-    `hub_app.create_app`: `token`, `read_only_token`, `on_request`, `part_size`, `page_size`. Call it in the main
-    thread. Raises ArgumentError where the port cannot be had.
+    `port` 0 takes a free one; `ready` is called once, when connections are accepted. `faults` are committed as planned,
+    and `on_request` is told method, path and status of each answer before it goes. `options` are those of
+    `hub_app.create_app`: `token`, `read_only_token`, `xet`, `part_size`, `page_size`. Call it in the main thread.
+    Raises ArgumentError where the port cannot be had.
     """
     with _listening(port) as listener:
-        server = _server(Path(directory), options)
+        log = RequestLog()
+        server = _server(create_app(Path(directory), **options), log, faults, on_request)
         with _stopped_by_signals(server):
             if ready is not None:
-                ready(_address(listener, directory))
+                ready(HubServer(_endpoint(listener), Path(directory), log))
             server.run(sockets=[listener])
 
 
 @contextmanager
-def hub_server(directory: str | PathLike[str], *, port: int = 0, **options: Any) -> Generator[HubServer]:
+def hub_server(
+    directory: str | PathLike[str],
+    *,
+    port: int = 0,
+    faults: Faults | None = None,
+    on_request: OnRequest | None = None,
+    **options: Any,
+) -> Generator[HubServer]:
     """Serve the repositories in `directory` from a thread while the block runs; options as for `serve`."""
     with _listening(port) as listener:
-        server = _server(Path(directory), options)
+        log = RequestLog()
+        server = _server(create_app(Path(directory), **options), log, faults, on_request)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="local Hub")
         thread.start()
         try:
-            yield _address(listener, directory)
+            yield HubServer(_endpoint(listener), Path(directory), log)
         finally:
             server.should_exit = True
             thread.join()
@@ -77,11 +95,13 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _server(directory: Path, options: dict[str, Any]) -> _Server:
+def _server(app: ASGIApp, log: RequestLog, faults: Faults | None, on_request: OnRequest | None) -> _Server:
+    # Recorded outside of the faults and inside of the cuts: the log says what the client gets, before it gets it.
+    wire = Cuttable(Recorded(Faulty(app, faults or Faults()), log, on_request))
     config = uvicorn.Config(
-        create_app(directory, **options),
+        wire,
         loop="asyncio",
-        http="h11",
+        http=wire.protocol(),
         ws="none",
         lifespan="off",
         log_config=None,
@@ -108,8 +128,8 @@ def _listening(port: int) -> Generator[socket.socket]:
         yield listener
 
 
-def _address(listener: socket.socket, directory: str | PathLike[str]) -> HubServer:
-    return HubServer(endpoint=f"http://{_HOST}:{listener.getsockname()[1]}", directory=Path(directory))
+def _endpoint(listener: socket.socket) -> str:
+    return f"http://{_HOST}:{listener.getsockname()[1]}"
 
 
 @contextmanager
