@@ -119,12 +119,15 @@ def evaluate(
 
 
 def _open(model: str | PathLike[str] | nn.Module, device: str, *, trust_remote_code: bool) -> Any:
-    """Return a live model."""
+    """Return a live model that predicts each token from those before it."""
+    live: Any = model
     if isinstance(model, str | PathLike):
-        return _load(Path(model), trust_remote_code=trust_remote_code).to(_device(device))
-    if type(model).__module__.startswith("transformers."):
+        live = _load(Path(model), trust_remote_code=trust_remote_code).to(_device(device))
+    elif type(model).__module__.startswith("transformers."):
         _check_class(type(model).__name__, "the model")
-    return model
+    if getattr(live.config, "is_decoder", True) is False:
+        raise ArgumentError(f"{type(live).__name__} with is_decoder false sees the tokens that it would predict")
+    return live
 
 
 def _load(directory: Path, *, trust_remote_code: bool) -> Any:

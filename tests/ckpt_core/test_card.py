@@ -11,6 +11,8 @@ import matplotlib as mpl
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ckpt_core.errors import ArgumentError
 from ckpt_core.format.manifest import Manifest
@@ -138,6 +140,28 @@ def test_hostile_names_stay_text():
     for line in (f"| {ESCAPED} | 1 | 2 |", f"| {ESCAPED} | {ESCAPED} |", f"\\# {ESCAPED}", f"On {ESCAPED}:"):
         assert line in lines
     assert 'where = "/x: [1] --- | <b>\\"\\\\`*_#{{ 7 * 7 }}"' in lines
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(st.characters(codec="utf-8"), max_size=30).map(lambda text: text + "x"))
+def test_any_text_stays_text(name):
+    """Whatever a name holds, the metadata gives it back, and the body has the same lines as with a plain one."""
+    fields = ("title", "summary", "license", "decision")
+    shown = {"metrics": {name: 1}, "lineage": {"run": name}, "evaluated_on": {"name": name}}
+    text = card(**dict.fromkeys(fields, name), **shown)
+    found = ModelCard(text).data
+    assert (found.license, found.eval_results[0].metric_type, found.eval_results[0].dataset_name) == (name,) * 3
+    starts = [line[:2] for line in text[text.index("\n---\n\n") + 6 :].split("\n")]
+    assert starts.count("# ") == 1
+    assert [start for start in starts if start in ("##", "``", "| ", "--")] == [
+        "##",
+        *["| "] * 3,
+        "##",
+        "``",
+        "``",
+        "##",
+        *["| "] * 3,
+    ]
 
 
 def test_equal_arguments_give_equal_bytes():

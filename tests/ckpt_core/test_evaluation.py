@@ -1,5 +1,6 @@
 """Figures of causal language models on held-out tokens and text."""
 
+import copy
 import json
 import math
 
@@ -9,7 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_transformers import model_of, save_pretrained, tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertLMHeadModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from ckpt_core.errors import ArgumentError, DamagedError
 from ckpt_core.evaluation import evaluate
@@ -153,6 +161,15 @@ def test_a_model_of_another_head_is_refused(tmp_path, name):
     for given in (tmp_path / "model", model):
         with pytest.raises(ArgumentError, match=message):
             evaluate(given, ROWS)
+
+
+def test_a_model_that_sees_the_future_is_refused():
+    """An encoder with the head of a decoder, whose loss would be too good, is no causal language model."""
+    model = BertLMHeadModel(copy.deepcopy(model_of("bert").config))
+    with pytest.raises(ArgumentError, match="BertLMHeadModel with is_decoder false sees the tokens"):
+        evaluate(model, ROWS)
+    model.config.is_decoder = True
+    assert evaluate(model, ROWS).tokens == 40
 
 
 def test_a_directory_that_is_no_model_is_refused(tmp_path):
