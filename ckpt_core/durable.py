@@ -55,30 +55,40 @@ class LocalSink:
     """A new file on a local file system; a link in its place is not followed."""
 
     def __init__(self, path: Path) -> None:
-        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        self.handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
 
     def write(self, data: memoryview) -> None:
         """Append all of `data`."""
         while data:
-            data = data[os.write(self._handle, data) :]
+            data = data[os.write(self.handle, data) :]
+
+    def skip(self, nbytes: int) -> None:
+        """Go on after bytes that the kernel put at the end of what was written."""
+        os.lseek(self.handle, nbytes, os.SEEK_CUR)
 
     def seal(self) -> None:
         """Flush to the device, and close."""
-        os.fsync(self._handle)
+        os.fsync(self.handle)
         self.close()
 
     def close(self) -> None:
         """Close."""
-        handle, self._handle = self._handle, -1
+        handle, self.handle = self.handle, -1
         if handle >= 0:
             os.close(handle)
 
 
 class RemoteSink:
-    """A new object, sent in parts; it is there when it is sealed."""
+    """A new object, sent in parts; it is there when it is sealed.
 
-    def __init__(self, place: UPath) -> None:
-        self._file: Any = file_system(place).open(place.path, "xb", block_size=_PART_BYTES)
+    Args:
+        place: of the object.
+        replace: whether one of that name may be there, which then stays until this one is sealed.
+    """
+
+    def __init__(self, place: UPath, *, replace: bool = False) -> None:
+        mode = "wb" if replace else "xb"
+        self._file: Any = file_system(place).open(place.path, mode, block_size=_PART_BYTES)
 
     def write(self, data: memoryview) -> None:
         """Append all of `data`."""
@@ -86,15 +96,17 @@ class RemoteSink:
 
     def seal(self) -> None:
         """Send the rest."""
-        file, self._file = self._file, None
-        file.close()
+        self._file.close()
+        self._file = None
 
     def close(self) -> None:
         """Forget what was not sealed."""
         file, self._file = self._file, None
         if file is not None and hasattr(file, "discard"):
-            with suppress(OSError):  # what it leaves is no file of anything
+            with suppress(Exception):  # what it leaves is no file of anything; plugins raise errors of their own
                 file.discard()
+            with suppress(AttributeError):  # of a file that has no such state
+                file.closed = True  # else it sends the rest when Python lets go of it
 
 
 def write_new(place: Place, data: bytes) -> None:

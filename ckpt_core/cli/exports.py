@@ -51,7 +51,7 @@ def parse_size(text: str) -> int:
 
 def _add_convert(convert: argparse.ArgumentParser) -> None:
     convert.add_argument("dcp", metavar="DCP", help="a committed step, or any DCP directory")
-    convert.add_argument("out", metavar="OUT")
+    convert.add_argument("out", metavar="OUT", help="the directory to make, or a URL, such as s3://BUCKET/NAME")
     convert.add_argument("--model", metavar="CONFIG", help="path or Hub id of the config; a step has its own")
     convert.add_argument("--tokenizer", metavar="T", help="path or Hub id; default: where the config is")
     convert.add_argument("--adapter", metavar="DIR", help="where adapter_config.json is, of a run with LoRA (PEFT)")
@@ -80,7 +80,7 @@ def _convert(options: argparse.Namespace) -> Answer:
     from ckpt_core.store import open_checkpoint
     from ckpt_core.urls import place_of
 
-    source, target = place_of(options.dcp), Path(options.out)
+    source, target = place_of(options.dcp), place_of(options.out)
     step = open_checkpoint(source) if file_size(source / MANIFEST_NAME) is not None else None
     directory = find_dcp(step.root if step else source)
     if not options.plan:

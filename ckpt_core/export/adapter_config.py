@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ckpt_core.durable import file_size, files_below
 from ckpt_core.errors import DamagedError, MismatchError, NotACheckpointError
-from ckpt_core.export.assets import CONFIG_NAME, EXPORT_NAME, Assets, read_assets
+from ckpt_core.export.assets import CONFIG_NAME, EXPORT_NAME, PLAIN_SUFFIXES, Assets, read_assets
 
 if TYPE_CHECKING:
     from ckpt_core.urls import Place
@@ -33,9 +33,6 @@ _ONLY_NAMED = frozenset({"alora_invocation_tokens", "layer_replication", "lora_b
 
 _LEAVING_OUT = ("exclude_modules", "layers_to_transform", "layers_pattern")
 """Fields because of which a module that is named may have no factors."""
-
-_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".md")
-"""Of an adapter's config, of the files of a tokenizer, and of a description."""
 
 _NOT_CARRIED = frozenset({CONFIG_NAME, EXPORT_NAME, "generation_config.json", "trainer_state.json"})
 
@@ -168,7 +165,7 @@ def _read(directory: Place) -> Assets:
         raise NotACheckpointError(
             f"{directory}: no such directory; an adapter's other files are taken from local ones."
         )
-    found = ((name, file) for name, file in files_below(directory) if "/" not in name and name.endswith(_SUFFIXES))
+    found = ((name, file) for name, file in files_below(directory) if "/" not in name and name.endswith(PLAIN_SUFFIXES))
     return Assets({}, {name: file.read_bytes() for name, file in found if name not in _NOT_CARRIED})
 
 

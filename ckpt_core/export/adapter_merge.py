@@ -1,8 +1,5 @@
 """The plan of a model with the updates of its LoRA adapter added to its weights."""
 
-# transformers is only partly annotated.
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-
 from __future__ import annotations
 
 from collections import Counter
@@ -12,7 +9,7 @@ from typing import Any
 
 from ckpt_core.errors import MismatchError
 from ckpt_core.export.adapter import Adapter, Part
-from ckpt_core.export.architecture import Architecture, find_architecture, named_class
+from ckpt_core.export.architecture import Architecture, find_architecture
 from ckpt_core.export.lora import Update
 from ckpt_core.export.names import Table
 from ckpt_core.export.plan import Output, Plan, Tie, make_plan
@@ -55,11 +52,12 @@ def plan_merged(
         )
     ignored = {name: index.tensors[name] for name in adapter.ignored if name in index.tensors}
     base = Index({**tensors, **ignored}, index.values)
-    if any(str(name).startswith("PeftModel") for name in config.get("architectures") or []):
+    named: list[Any] = config.get("architectures") or []
+    if any(str(name).startswith("PeftModel") for name in named):
         config = {name: value for name, value in config.items() if name != "architectures"}  # of the model around it
     architecture = find_architecture(config, base, dtype)
     plan = make_plan(base, architecture, dtype=dtype, max_shard_bytes=max_shard_bytes, table=table, where=where)
-    merge = _Merge(index, adapter, architecture, _conv1d(architecture.name, config), targets, plain, where)
+    merge = _Merge(index, adapter, architecture, targets, plain, where)
     return merge.applied(plan)
 
 
@@ -70,9 +68,6 @@ class _Merge:
     index: Index
     adapter: Adapter
     architecture: Architecture
-    conv1d: frozenset[str]
-    """Names of the modules whose weights have the shape (inputs, outputs)."""
-
     targets: Mapping[str, str]
     """The module of each weight that is updated, by its plain name."""
 
@@ -113,7 +108,7 @@ class _Merge:
         module, name = modules[0], self.architecture.recipes[output.name].sources[0]
         self._check_weight(output, module, name)
         embedding = module in self.adapter.embeddings
-        turned = embedding or name.removesuffix(".weight") in self.conv1d
+        turned = embedding or name.removesuffix(".weight") in self.architecture.turned
         a, b = self.adapter.pairs[module]
         rank, scaling = self.adapter.config.rank(module), self.adapter.config.scaling(module)
         self._check_factors(output, module, (self.index.tensors[a], self.index.tensors[b]), rank, turned=turned)
@@ -172,14 +167,3 @@ def _targets(adapter: Adapter, where: str) -> dict[str, str]:
                 "and merge it into its base model with PEFT."
             )
     return {weights[module]: module for module in adapter.pairs}
-
-
-def _conv1d(name: str, config: Mapping[str, Any]) -> frozenset[str]:
-    """Return the names of the modules of GPT-2's kind of linear layer; square weights do not show it."""
-    import torch
-    from transformers.pytorch_utils import Conv1D
-
-    cls = named_class(name)
-    with torch.device("meta"):
-        model = cls(cls.config_class.from_dict(dict(config)))
-    return frozenset(module_name for module_name, module in model.named_modules() if isinstance(module, Conv1D))

@@ -42,6 +42,9 @@ class Architecture:
     dtypes: Mapping[str, str]
     """Type of each tensor where transformers loads the model in the type that was asked for."""
 
+    turned: frozenset[str] = frozenset()
+    """Modules of GPT-2's kind of linear layer: their weights have the shape (inputs, outputs)."""
+
     def as_stored(self) -> Architecture:
         """Return the same model seen from the names of its export: some frameworks save under those."""
         shown = {recipe.sources[0]: name for name, recipe in self.recipes.items() if recipe.straight}
@@ -151,6 +154,7 @@ def _config(config: Mapping[str, Any], cls: Any = None) -> Any:
 def _describe(cls: Any, config: Mapping[str, Any], dtype: str | None) -> Architecture:
     import torch
     from transformers.modeling_utils import local_torch_dtype
+    from transformers.pytorch_utils import Conv1D
 
     from ckpt_core.export.trace import trace_export
 
@@ -174,6 +178,7 @@ def _describe(cls: Any, config: Mapping[str, Any], dtype: str | None) -> Archite
         padded=_padded(model),
         unsaved=unsaved,
         dtypes=_dtypes(model, state, made_in),
+        turned=frozenset(name for name, module in model.named_modules() if isinstance(module, Conv1D)),
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,14 @@ if TYPE_CHECKING:
 
 CONFIG_NAME = "config.json"
 EXPORT_NAME = "export.json"
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".safetensors.index.json", ".distcp")
+PLAIN_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".md")
+"""Of configs, of the files of a tokenizer, and of a description."""
+
+_WEIGHT_SUFFIXES = (
+    ".safetensors", ".bin", ".pt", ".pth", ".safetensors.index.json", ".bin.index.json", ".distcp", ".gguf", ".h5",
+    ".msgpack", ".onnx", ".onnx_data", ".ot", ".tflite",
+)  # fmt: skip
+"""Of files that hold weights, of this model as it was or of another one."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +54,8 @@ def read_assets(directory: Place, *, trust_remote_code: bool = False) -> Assets:
             f"{directory}: no {CONFIG_NAME}, so the architecture is not known; name a config with --model."
         )
     config = _parse_config(path)
-    files = {
-        name: file.read_bytes()
-        for name, file in durable.files_below(directory)
-        if name not in {CONFIG_NAME, EXPORT_NAME} and "/" not in name and not name.endswith(_WEIGHT_SUFFIXES)
-    }
+    found = dict(durable.files_below(directory))
+    files = {name: found[name].read_bytes() for name in _carried(found)}
     code = [name for name in files if name.endswith(".py")] or ["auto_map"] * ("auto_map" in config)
     if code and not trust_remote_code:
         raise UntrustedError(
@@ -59,6 +63,20 @@ def read_assets(directory: Place, *, trust_remote_code: bool = False) -> Assets:
             "trust_remote_code if you trust its author."
         )
     return Assets(config, files)
+
+
+def _carried(names: Iterable[str]) -> list[str]:
+    """Return which files of a directory go with its model, wherever its weights go.
+
+    Those in directories below it are plain text, say a pooling layer's config; but a directory with weights is another
+    model's.
+    """
+    names = [name for name in names if name not in {CONFIG_NAME, EXPORT_NAME}]
+    weights = {name for name in names if name.endswith(_WEIGHT_SUFFIXES)}
+    others = {name.partition("/")[0] for name in weights if "/" in name}
+    hidden = {name for name in names if name.startswith(".") or "/." in name}
+    below = {name for name in names if name.endswith(PLAIN_SUFFIXES) and name.partition("/")[0] not in others} - hidden
+    return [name for name in names if name not in weights and ("/" not in name or name in below)]
 
 
 def fetch_assets(model: str, tokenizer: str | None = None) -> Assets:
@@ -113,13 +131,27 @@ def config_bytes(config: Mapping[str, Any], architecture: str, dtypes: Sequence[
 
 
 def write_configs(module: Any, directory: Path) -> None:
-    """Write the configs of a live transformers model, naming its class and dtype as `save_pretrained` does."""
+    """Write the configs of a live transformers model, naming its class and dtype as `save_pretrained` does.
+
+    Of a model that PEFT wraps, these are the configs of the model within, and the adapter's.
+    """
+    if hasattr(module, "peft_config") and hasattr(module, "get_base_model"):
+        _write_adapter_config(module, directory)
+        module = module.get_base_model()
     config = copy.deepcopy(module.config)
     config.architectures = [architecture_name(module)]
     config.dtype = str(module.dtype).removeprefix("torch.")
     config.save_pretrained(directory)
     if module.can_generate():
         module.generation_config.save_pretrained(directory)
+
+
+def _write_adapter_config(module: Any, directory: Path) -> None:
+    """Write the config of the adapter in use, as `save_pretrained` does."""
+    active = module.active_adapters[0]
+    config = copy.deepcopy(module.peft_config[active])
+    config.inference_mode = True
+    config.save_pretrained(str(directory))
 
 
 def architecture_name(module: Any) -> str:

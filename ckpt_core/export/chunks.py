@@ -14,20 +14,19 @@ import torch
 from torch.distributed.checkpoint.storage import WriteResult
 
 from ckpt_core import durable
-from ckpt_core.errors import DamagedError, MismatchError
 from ckpt_core.export.cast import cast
+from ckpt_core.export.finite import check_finite
 from ckpt_core.export.plan import Output
 from ckpt_core.export.recipe import Piece, Recipe
 from ckpt_core.export.stored import Stored
 from ckpt_core.export.stream import blocks, cut, overlap
 from ckpt_core.format import dtypes
-from ckpt_core.format.chunks import Words, bytes_of
+from ckpt_core.format.chunks import bytes_of
 from ckpt_core.format.digests import crc32
 from ckpt_core.format.index import Chunk, Index, Shape, Span, TensorEntry
 from ckpt_core.io.archive import Archive
 from ckpt_core.io.metadata import to_metadata
 from ckpt_core.io.writer import DigestWriter
-from ckpt_core.values import first_nonfinite
 
 CHUNK_BYTES = 64 << 20
 """The most that one chunk has: a rank that wants few of a tensor's rows can then check what it reads."""
@@ -138,23 +137,10 @@ def _made(part: Part, stored: Stored, *, allow_nonfinite: bool) -> Iterator[memo
     """Yield a chunk's bytes, block by block."""
     output = part.output
     for block in blocks(stored, part.recipe, output.stored):
-        made = bytes_of(cast(block, output.stored, output.dtype) if output.casts else block)
-        if not allow_nonfinite and first_nonfinite(made, output.dtype) is not None:
-            raise _nonfinite(block, output, stored)
-        yield made
-
-
-def _nonfinite(block: Words, output: Output, stored: Stored) -> Exception:
-    """Return the error for a block with NaN or Inf after its cast, which every NaN and Inf survives."""
-    where = f"{stored.place}: {', '.join(output.recipe.sources[:3])}"
-    if first_nonfinite(bytes_of(block), output.stored) is None:
-        return MismatchError(
-            f"{where}: holds values that do not fit {output.dtype}, where they would be NaN or Inf; import as "
-            f"bfloat16 or float32, or keep {output.stored}."
-        )
-    return DamagedError(
-        f"{where}: holds NaN or Inf; restore a copy of it, or pass allow_nonfinite to have it as it is."
-    )
+        made = cast(block, output.stored, output.dtype) if output.casts else block
+        if not allow_nonfinite:
+            check_finite(block, made, output, stored.place)
+        yield bytes_of(made)
 
 
 def write_metadata(directory: Path, chunks: Mapping[str, Sequence[tuple[Part, Span]]], key: str) -> None:

@@ -10,26 +10,33 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
+from ckpt_core.durable import file_size
 from ckpt_core.errors import CkptError, MismatchError, NotACheckpointError
-from ckpt_core.export import work as works
 from ckpt_core.export.adapter import find_adapter, has_adapter
-from ckpt_core.export.adapter_config import ADAPTER_CONFIG_NAME, adapter_config, adapter_files
+from ckpt_core.export.adapter_config import (
+    ADAPTER_CONFIG_NAME,
+    adapter_assets,
+    adapter_config,
+    adapter_files,
+    find_adapter_config,
+)
 from ckpt_core.export.adapter_merge import plan_merged
 from ckpt_core.export.adapter_plan import ADAPTER_WEIGHTS_NAME, plan_adapter
 from ckpt_core.export.architecture import find_architecture
 from ckpt_core.export.assets import CONFIG_NAME, EXPORT_NAME, Assets, config_bytes, read_assets
+from ckpt_core.export.local_work import LocalWork
 from ckpt_core.export.names import Table
 from ckpt_core.export.plan import Plan, make_plan
 from ckpt_core.export.record import FORMAT_VERSION, Export, read_export
-from ckpt_core.export.shard import shards_of
+from ckpt_core.export.shard import shard_bytes, shards_of
 from ckpt_core.export.stored import DcpStored
 from ckpt_core.export.target import check_free, check_target, disk_errors
-from ckpt_core.export.work import Progress, Work
+from ckpt_core.export.work import Progress, Work, plan_document
 from ckpt_core.export.write import INDEX_NAME, Care, check_ties, index_bytes
 from ckpt_core.format.digests import digest_bytes
 from ckpt_core.format.index import METADATA_NAME, read_index
 from ckpt_core.store import Checkpoint
-from ckpt_core.urls import local_path
+from ckpt_core.urls import place_of
 from ckpt_core.workers import count_workers
 
 if TYPE_CHECKING:
@@ -40,7 +47,7 @@ DEFAULT_SHARD_BYTES = 5_000_000_000
 
 def convert_checkpoint(
     checkpoint: Checkpoint,
-    target: Path,
+    target: Place,
     *,
     assets: Assets | None = None,
     trust_remote_code: bool = False,
@@ -53,14 +60,15 @@ def convert_checkpoint(
         return convert(model, target, assets=assets, **settings)
 
 
-def convert(directory: Place, target: Path, *, assets: Assets, **settings: Unpack[Settings]) -> Export:
+def convert(directory: Place, target: Place, *, assets: Assets, **settings: Unpack[Settings]) -> Export:
     """Write the model in the DCP directory as a Hugging Face directory of safetensors, streamed.
 
     A conversion that was killed goes on where it was when the same one is begun again.
 
     Args:
         directory: the DCP directory.
-        target: the directory to make; it appears whole or not at all.
+        target: the directory to make, local or a URL's; it appears whole or not at all. In an object store files
+            appear one by one, each whole, and `export.json` last: nothing is an export without it.
         assets: config and tokenizer.
         settings: see `Settings`.
 
@@ -69,15 +77,15 @@ def convert(directory: Place, target: Path, *, assets: Assets, **settings: Unpac
         CheckpointError: the checkpoint is damaged, hostile, or does not fit the config; nothing is left at `target`.
         ExportError (an OSError): the disk is full, or failed.
     """
-    target = local_path(target)
-    work = works.work_on(target)
-    workers = settings.get("workers") or count_workers(remote=not isinstance(directory, Path))
-    check_target(directory, target, overwrite=settings.get("overwrite", False))
-    with works.held(work), _given_up(work), disk_errors(target):
-        _begin(work, directory, target, assets, settings)
+    work = work_on(target)
+    from_afar = isinstance(work.target, Path) and not isinstance(directory, Path)  # what is sent is buffered in parts
+    workers = settings.get("workers") or count_workers(remote=from_afar)
+    check_target(directory, work.target, overwrite=settings.get("overwrite", False))
+    with work.held(), _given_up(work), disk_errors(work.target):
+        _begin(work, directory, assets, settings)
         work.write_all(workers, settings.get("progress"))
-        _finish(work, target, overwrite=settings.get("overwrite", False))
-    return read_export(target)
+        _finish(work, overwrite=settings.get("overwrite", False))
+    return read_export(work.target)
 
 
 class Settings(TypedDict, total=False):
@@ -108,46 +116,54 @@ class Settings(TypedDict, total=False):
     progress: Progress | None
 
 
-def begin_conversion(directory: Place, target: Path, *, assets: Assets, **settings: Unpack[Settings]) -> list[str]:
+def work_on(target: Place) -> Work:
+    """Return the conversion to a directory, local or a URL's, begun or not."""
+    place = place_of(target)
+    if isinstance(place, Path):
+        return LocalWork(place)
+    from ckpt_core.export.remote_work import RemoteWork
+
+    return RemoteWork(place)
+
+
+def begin_conversion(directory: Place, target: Place, *, assets: Assets, **settings: Unpack[Settings]) -> list[str]:
     """Begin what `convert` does, for `convert_shard` in any processes and `finish_conversion`.
 
     Returns:
         The names of the files of weights that are still to be written.
     """
-    work, target = works.work_on(local_path(target)), local_path(target)
-    check_target(directory, target, overwrite=settings.get("overwrite", False))
-    with works.held(work), _given_up(work, after=False), disk_errors(target):
-        _begin(work, directory, target, assets, settings)
+    work = work_on(target)
+    check_target(directory, work.target, overwrite=settings.get("overwrite", False))
+    with work.held(), _given_up(work, after=False), disk_errors(work.target):
+        _begin(work, directory, assets, settings)
     return work.undone
 
 
-def convert_shard(target: Path, name: str) -> None:
+def convert_shard(target: Place, name: str) -> None:
     """Write one file of a conversion that was begun, unless that is done; several processes may at once."""
-    work = works.work_on(local_path(target))
-    with works.shared(work), disk_errors(target):
+    work = work_on(target)
+    with work.shared(), disk_errors(work.target):
         work.write(name, lambda _: None)
 
 
-def finish_conversion(target: Path, *, overwrite: bool = False) -> Export:
-    """Give an export whose files are all written its name.
+def finish_conversion(target: Place, *, overwrite: bool = False) -> Export:
+    """Make an export of what was written, once that is all.
 
     Raises:
         CommitError: a file is still to be written, or nothing was begun.
         ExportExistsError (a FileExistsError): `target` exists.
     """
-    work = works.work_on(local_path(target))
-    with works.held(work):
+    work = work_on(target)
+    with work.held():
         work.check_done()
-        with _given_up(work), disk_errors(target):
-            _finish(work, local_path(target), overwrite=overwrite)
-    return read_export(local_path(target))
+        with _given_up(work), disk_errors(work.target):
+            _finish(work, overwrite=overwrite)
+    return read_export(work.target)
 
 
-def abandon_conversion(target: Path) -> None:
+def abandon_conversion(target: Place) -> None:
     """Delete what was written of a conversion that is not to go on."""
-    work = works.work_on(local_path(target))
-    with works.held(work):
-        works.remove(work)
+    work_on(target).abandon()
 
 
 def plan_export(
@@ -201,7 +217,7 @@ def model_of(checkpoint: Checkpoint) -> Place:
 
 
 def own_assets(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Assets:
-    """Return the config and tokenizer of a committed step.
+    """Return the config and tokenizer of a committed step; of one with an adapter alone, the adapter's config.
 
     Raises:
         NotACheckpointError: it has none.
@@ -209,6 +225,8 @@ def own_assets(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> As
     own = checkpoint.component("assets")
     if own is None:
         raise NotACheckpointError(f"{checkpoint.path}: has no assets (config and tokenizer); name a config.")
+    if file_size(own / CONFIG_NAME) is None and find_adapter_config(own):
+        return adapter_assets(own)
     return read_assets(own, trust_remote_code=trust_remote_code)
 
 
@@ -227,15 +245,15 @@ def _given_up(work: Work, *, after: bool = True) -> Generator[None]:
     try:
         yield
     except CkptError:
-        works.remove(work)
+        work.remove()
         raise
     if after:
-        works.remove(work)
+        work.remove()
 
 
-def _begin(work: Work, directory: Place, target: Path, assets: Assets, settings: Settings) -> None:
-    directory = directory.absolute()
-    check_free(target, overwrite=settings.get("overwrite", False))  # now that nobody else is at it
+def _begin(work: Work, directory: Place, assets: Assets, settings: Settings) -> None:
+    directory, overwrite = directory.absolute(), settings.get("overwrite", False)
+    check_free(work.target, overwrite=overwrite)  # now that nobody else is at it
     dtype = settings.get("dtype")
     plan = plan_export(
         directory,
@@ -259,10 +277,12 @@ def _begin(work: Work, directory: Place, target: Path, assets: Assets, settings:
     files = _small_files(assets, plan, dtype)
     if len(plan.shards) > 1:
         files[INDEX_NAME] = index_bytes(plan)
-    works.begin(work, document, shards_of(plan, directory), files)
+    shards = shards_of(plan, directory)
+    units = {shard.name: shard_bytes(shard) for shard in shards}
+    work.begin(plan_document(document, shards, units, files), units, files, overwrite=overwrite)
 
 
-def _finish(work: Work, target: Path, *, overwrite: bool) -> None:
+def _finish(work: Work, *, overwrite: bool) -> None:
     plan, weights = work.plan, work.records()
     statistics = {name: tensor for record in weights.values() for name, tensor in record.pop("tensors", {}).items()}
     document = {
@@ -274,7 +294,7 @@ def _finish(work: Work, target: Path, *, overwrite: bool) -> None:
         "libraries": plan["libraries"],
         "statistics": dict(sorted(statistics.items())),
     }
-    work.finish(target, (EXPORT_NAME, (json.dumps(document, indent=1) + "\n").encode()), overwrite=overwrite)
+    work.finish((EXPORT_NAME, (json.dumps(document, indent=1) + "\n").encode()), overwrite=overwrite)
 
 
 def _small_files(assets: Assets, plan: Plan, dtype: str | None) -> dict[str, bytes]:

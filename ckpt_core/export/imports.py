@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from ckpt_core import durable
 from ckpt_core.errors import ArgumentError, DamagedError
-from ckpt_core.export import work as works
+from ckpt_core.export import scratch
 from ckpt_core.export.assets import CONFIG_NAME, Assets, config_bytes, read_assets
 from ckpt_core.export.chunks import Part, files_of, write_chunks, write_metadata
 from ckpt_core.export.computed import write_computed
@@ -27,7 +27,7 @@ from ckpt_core.export.names import Table
 from ckpt_core.export.shard import Identity, identity_of
 from ckpt_core.export.stored import HfStored
 from ckpt_core.export.target import check_free, check_target, disk_errors, give_name
-from ckpt_core.export.work import Progress, Tally, Work
+from ckpt_core.export.work import Progress, Tally
 from ckpt_core.export.write import check_same
 from ckpt_core.format.index import Span
 from ckpt_core.hf_weights import HfWeights, read_weights
@@ -98,22 +98,22 @@ def import_hf(
     assets = read_assets(weights.place, trust_remote_code=trust_remote_code)
     identities = {file: identity_of(weights.place / file) for file in weights.files}
     intake = plan_intake(weights, assets.config, dtype=dtype, table=table)
-    work = Work(target.with_name(f".importing-{target.name}"))
-    with works.held(work), disk_errors(target):
+    root = target.with_name(f".importing-{target.name}")
+    with scratch.held(root), disk_errors(target):
         check_free(target, overwrite=overwrite)  # now that nobody else is at it
         try:
-            works.clear(work)
-            made = work.root / "checkpoint"
+            scratch.clear(root)
+            made = root / "checkpoint"
             _write_assets(made / ASSETS_NAME, assets, intake, dtype)
             _check_twins(weights, intake)
-            jobs = _jobs(weights, intake, assets, work.root, max_file_bytes)
+            jobs = _jobs(weights, intake, assets, root, max_file_bytes)
             writing = _Writing(intake, made, allow_nonfinite, Tally(progress, intake.nbytes))
             chunks = writing.write_all(jobs, workers or count_workers(remote=not isinstance(weights.place, Path)))
             write_metadata(made, {name: chunks[name] for name in intake.names}, MODEL_KEY)
             _check_unchanged(weights, identities)
-            give_name(made, target, work.root, overwrite=overwrite)
+            give_name(made, target, root, overwrite=overwrite)
         finally:
-            works.remove(work)
+            scratch.remove(root)
     return Import(target, intake.architecture, len(intake.names), intake.nbytes, intake.rules)
 
 
@@ -163,6 +163,7 @@ def _write_assets(directory: Path, assets: Assets, intake: Intake, dtype: str | 
     config = config_bytes(assets.config, intake.architecture, [o.dtype for o in intake.outputs], dtype)
     durable.write_new(directory / CONFIG_NAME, config)
     for name, data in assets.files.items():
+        durable.make_parents(directory / name)
         durable.write_new(directory / name, data)
 
 

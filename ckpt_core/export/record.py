@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckpt_core.durable import file_size
@@ -81,8 +80,9 @@ def _parse(path: Place, document: Any) -> Export:
 
 
 def _check_entry(name: str, entry: dict[str, Any]) -> None:
-    if Path(name).name != name or not name.isprintable() or len(name.encode()) > MAX_NAME_BYTES:
-        raise ValueError(f"{name!r} is no plain name of a file")
+    plain = not {"", ".", ".."} & set(name.split("/")) and "\\" not in name
+    if not plain or not name.isprintable() or len(name.encode()) > MAX_NAME_BYTES:
+        raise ValueError(f"{name!r} is no plain name of a file in a directory")
     size, sha256 = entry.get("bytes"), entry.get("sha256", "none")
     if type(size) is not int or size < 0:
         raise ValueError(f"{name} has bytes {size!r}, expected a number")

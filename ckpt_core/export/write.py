@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckpt_core.errors import DamagedError, MismatchError
+from ckpt_core.durable import LocalSink
+from ckpt_core.errors import MismatchError
 from ckpt_core.export.cast import cast
+from ckpt_core.export.finite import check_finite
 from ckpt_core.export.lora import Updated
 from ckpt_core.export.plan import Output, Plan
 from ckpt_core.export.recipe import copy_of
@@ -23,9 +23,10 @@ from ckpt_core.format import dtypes
 from ckpt_core.format.chunks import Words, bytes_of
 from ckpt_core.format.index import Shape
 from ckpt_core.format.source import LocalSource
-from ckpt_core.values import Statistics, first_nonfinite
+from ckpt_core.values import Statistics
 
 if TYPE_CHECKING:
+    from ckpt_core.durable import Sink
     from ckpt_core.format.digests import Hasher
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -44,11 +45,11 @@ class Care:
     allow_nonfinite: bool = False
 
 
-def write_shard(path: Path, shard: Shard, stored: Stored, *, care: Care, written: Written) -> dict[str, Any]:
-    """Write a shard to a new file, flushed to the device.
+def write_shard(sink: Sink, shard: Shard, stored: Stored, *, care: Care, written: Written) -> dict[str, Any]:
+    """Write a shard to a new file, but for sealing it.
 
     Args:
-        path: of the file.
+        sink: the file.
         shard: what to write.
         stored: what it is made of.
         care: how closely to look at the bytes.
@@ -65,10 +66,10 @@ def write_shard(path: Path, shard: Shard, stored: Stored, *, care: Care, written
     if care.digest:
         for source in shard.checked:
             check_chunks(stored, source)
-    with _File(path, shard.outputs, care) as file:
-        for output in shard.outputs:
-            file.append(output, stored, written)
-        return file.finish()
+    file = _File(sink, shard.outputs, care)
+    for output in shard.outputs:
+        file.append(output, stored, written)
+    return file.record()
 
 
 def check_ties(plan: Plan, stored: Stored) -> None:
@@ -129,44 +130,38 @@ def index_bytes(plan: Plan) -> bytes:
 class _File:
     """One new safetensors file, written from its first byte to its last."""
 
-    def __init__(self, path: Path, outputs: Sequence[Output], care: Care) -> None:
-        self._care = care
+    def __init__(self, sink: Sink, outputs: Sequence[Output], care: Care) -> None:
+        self._sink, self._care = sink, care
         self._sha256: Hasher = hashlib.sha256()
         self._statistics: dict[str, dict[str, float]] = {}
-        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         self._place = 0
         # Where nothing is digested blocks can be shared, if they begin where those of the checkpoint do: on a page.
-        self._header = header_bytes(outputs, unit=8 if care.digest else _PAGE_BYTES)
-
-    def __enter__(self) -> _File:
-        self._put(memoryview(self._header))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._handle)
+        self._put(memoryview(header_bytes(outputs, unit=8 if care.digest else _PAGE_BYTES)))
 
     def append(self, output: Output, stored: Stored, written: Written) -> None:
         """Write the next tensor."""
         if self._care.digest or not self._copy(output, stored, written):
             self._stream(output, stored, written)
 
-    def finish(self) -> dict[str, Any]:
-        """Flush to the device; return what is to be known of the file."""
-        os.fsync(self._handle)
+    def record(self) -> dict[str, Any]:
+        """Return what is to be known of the file."""
         if not self._care.digest:
             return {"bytes": self._place, "sha256": None}
         return {"bytes": self._place, "sha256": self._sha256.hexdigest(), "tensors": self._statistics}
 
     def _copy(self, output: Output, stored: Stored, written: Written) -> bool:
         """Have the kernel copy a tensor whose bytes are the stored ones; return whether that was possible."""
-        found = ranges(stored, output.recipe, output.stored) if output.unchanged else None
+        if not (isinstance(self._sink, LocalSink) and output.unchanged):
+            return False
+        found = ranges(stored, output.recipe, output.stored)
         if found is None:
             return False
         for each in found:
             source = stored.source(each.file)
             assert isinstance(source, LocalSource)
-            source.copy_to(each.offset, each.nbytes, self._handle, self._place + each.place)
+            source.copy_to(each.offset, each.nbytes, self._sink.handle, self._place + each.place)
             written(each.nbytes)
+        self._sink.skip(output.nbytes)
         self._place += output.nbytes
         return True
 
@@ -176,8 +171,8 @@ class _File:
         for block in _updated_blocks(output, stored, check=self._care.digest):
             made = cast(block, output.stored, output.dtype) if output.casts else block
             if self._care.digest:
-                if not self._care.allow_nonfinite and first_nonfinite(bytes_of(made), output.dtype) is not None:
-                    raise _nonfinite(block, output)
+                if not self._care.allow_nonfinite:
+                    check_finite(block, made, output, stored.place)
                 statistics.add(made)
             self._put(bytes_of(made))
             written(made.nbytes)
@@ -187,10 +182,8 @@ class _File:
     def _put(self, data: memoryview) -> None:
         if self._care.digest:
             self._sha256.update(data)
-        while data:
-            written = os.pwrite(self._handle, data, self._place)
-            self._place += written
-            data = data[written:]
+        self._sink.write(data)
+        self._place += len(data)
 
 
 def _updated_blocks(output: Output, stored: Stored, *, check: bool) -> Iterator[Words]:
@@ -200,17 +193,3 @@ def _updated_blocks(output: Output, stored: Stored, *, check: bool) -> Iterator[
         return made
     updated = Updated(output.update, output.shape, output.stored, stored, check=check)
     return map(updated.next, made)
-
-
-def _nonfinite(block: Words, output: Output) -> Exception:
-    """Return the error for a block with NaN or Inf after its cast, which every NaN and Inf survives."""
-    sources = ", ".join(output.sources)
-    if first_nonfinite(bytes_of(block), output.stored) is None:
-        return MismatchError(
-            f"{sources}: holds values that do not fit {output.dtype}, where they would be NaN or Inf; convert to "
-            f"bfloat16 or float32, or keep {output.stored}."
-        )
-    return DamagedError(
-        f"{sources}: holds NaN or Inf; the training diverged. Convert an earlier step, or pass "
-        "allow_nonfinite to have it as it is."
-    )

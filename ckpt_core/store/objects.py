@@ -104,7 +104,7 @@ def _delete_many(directory: UPath, names: list[str]) -> None:
             delete(directory / name)
     else:
         files: Any = directory.fs
-        with _plain_errors(directory):
+        with plain_errors(directory):
             files.rm([f"{base}/{name}" for name in names])
 
 
@@ -159,12 +159,12 @@ def _call(place: UPath, method: str, *arguments: Any, **options: Any) -> Any:
     """Call fsspec about a place, without what it remembers of it."""
     files: Any = place.fs
     files.invalidate_cache()
-    with _plain_errors(place):
+    with plain_errors(place):
         return getattr(files, method)(place.path, *arguments, **options)
 
 
 @contextmanager
-def _plain_errors(place: UPath) -> Generator[None]:
+def plain_errors(place: UPath) -> Generator[None]:
     """Make an OSError, like all the rest, of what fsspec's plugins raise of their own where a network fails."""
     try:
         yield

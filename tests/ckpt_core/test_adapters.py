@@ -16,16 +16,16 @@ import pytest
 import small_adapters
 import torch
 from gloo_ranks import run_ranks, values
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from small_adapters import ADAPTERS, adapted, adapter_directory, save_pretrained_adapter
 from small_models import assert_same
 from small_transformers import model_of, read_json, save_pretrained
 from transformers import AutoModelForCausalLM
 
-from ckpt_core import PyTorchCheckpoint, errors, io
+from ckpt_core import PyTorchCheckpoint, errors, io, open_checkpoint
 from ckpt_core.cli import main
-from ckpt_core.export import Assets, convert, plan_export
+from ckpt_core.export import Assets, convert, convert_checkpoint, plan_export
 from ckpt_core.export.adapter_config import adapter_assets
 from ckpt_core.export.assets import read_assets
 from ckpt_core.export.lora import Update, Updated
@@ -418,6 +418,35 @@ class TestCommand:
         assert (tmp_path / "adapter" / FACTORS).read_bytes() == (expected / FACTORS).read_bytes()
         assert main(["convert", step, str(tmp_path / "merged"), "--merge-adapter"]) == 0
         assert_merged(tmp_path / "merged", merged(model, tmp_path), model)
+
+    def test_a_live_model_brings_its_configs(self, tmp_path: Path) -> None:
+        """A step of a PEFT model that was saved without assets is exported, and merged, as PEFT does."""
+        model = adapted("llama")
+        step = open_checkpoint(str(PyTorchCheckpoint(module=model).save(tmp_path / "store", step=1).url))
+        export = convert_checkpoint(step, tmp_path / "adapter")
+        expected = save_pretrained_adapter(model, tmp_path / "peft")
+        assert (export.path / FACTORS).read_bytes() == (expected / FACTORS).read_bytes()
+        assert read_json(export.path / CONFIG)["target_modules"] == read_json(expected / CONFIG)["target_modules"]
+        convert_checkpoint(step, tmp_path / "merged", merge_adapter=True)
+        assert_merged(tmp_path / "merged", merged(model, tmp_path), model)
+
+    def test_a_step_with_an_adapter_alone(self, tmp_path: Path) -> None:
+        """A step whose assets have an adapter's config and none of its model is exported as an adapter."""
+        model = adapted("llama")
+        (tmp_path / "assets").mkdir()
+        model.peft_config["default"].save_pretrained(str(tmp_path / "assets"))
+        factors = torch.nn.Module()
+        for name, factor in get_peft_model_state_dict(model).items():
+            module = factors
+            for part in name.split(".")[:-1]:
+                if not hasattr(module, part):
+                    module.add_module(part, torch.nn.Module())
+                module = module.get_submodule(part)
+            module.register_parameter(name.rpartition(".")[2], torch.nn.Parameter(factor))
+        PyTorchCheckpoint(module=factors).save(tmp_path / "store", step=1, assets=tmp_path / "assets")
+        export = convert_checkpoint(open_checkpoint(tmp_path / "store/default/step_0000000001"), tmp_path / "adapter")
+        expected = save_pretrained_adapter(model, tmp_path / "peft")
+        assert (export.path / FACTORS).read_bytes() == (expected / FACTORS).read_bytes()
 
     def test_where_the_config_is(self, tmp_path: Path, saved: Saved, capsys: Any) -> None:
         """`--adapter DIR`, or assets beside the checkpoint, give the adapter's config; without it the error says so."""

@@ -31,6 +31,7 @@ from ckpt_core import PyTorchCheckpoint, errors, io, open_checkpoint
 from ckpt_core.export import Assets, convert, convert_checkpoint, plan_export, read_export
 from ckpt_core.export.assets import fetch_assets, read_assets
 from ckpt_core.native_checkpoint import convert_dcp_to_hf, save_checkpoint
+from ckpt_core.verify import verify
 
 WEIGHTS = "model.safetensors"
 
@@ -304,6 +305,20 @@ class TestRefusals:
         for limit in (0, -1):
             with pytest.raises(errors.ArgumentError, match="max_shard_bytes"):
                 convert(directory, tmp_path / "x", assets=assets, max_shard_bytes=limit)
+
+    def test_assets_in_directories(self, tmp_path: Path, llama: tuple[Path, Assets]) -> None:
+        """Text in directories of the assets goes along, say a pooling layer's config; weights and code do not."""
+        assets = tmp_path / "assets"
+        kept = {"config.json": json.dumps(llama[1].config), "1_Pooling/config.json": "{}", "modules.json": "[]"}
+        others = ["onnx/model.onnx", "onnx/config.json", "eval/run.py", ".cache/etag.json", "old.h5", "a.safetensors"]
+        for name, text in {**kept, **dict.fromkeys(others, "")}.items():
+            (assets / name).parent.mkdir(parents=True, exist_ok=True)
+            (assets / name).write_text(text)
+        export = convert(llama[0], tmp_path / "export", assets=read_assets(assets))
+        assert export.files.keys() == {*kept, "model.safetensors"}
+        assert (export.path / "1_Pooling" / "config.json").read_text() == "{}"
+        assert read_export(export.path) == export
+        assert verify(export.path).passed
 
     def test_assets_that_bring_code(self, tmp_path: Path, llama: tuple[Path, Assets]) -> None:
         """A Python file, or a config that names one, is refused unless its author is trusted."""

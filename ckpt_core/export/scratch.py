@@ -1,0 +1,56 @@
+"""The directory of a conversion or an import under way, beside its target: locked, cleared, removed."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ckpt_core import durable
+from ckpt_core.errors import CommitError
+from ckpt_core.locks import EXCLUSIVE_NOW, SHARED, locked
+
+PLAN_NAME = "plan.json"
+
+
+@contextmanager
+def held(directory: Path) -> Generator[None]:
+    """Make the directory, and keep others from it meanwhile.
+
+    Raises:
+        CommitError: another process has it.
+    """
+    durable.make_directory(directory)
+    with locked(directory, EXCLUSIVE_NOW) as lock:
+        if lock is None:
+            raise CommitError(f"{directory}: another process is converting to the same place; wait for its end.")
+        yield
+
+
+@contextmanager
+def shared(directory: Path) -> Generator[None]:
+    """Keep the conversion from being given up while a file of it is written.
+
+    Raises:
+        CommitError: it was given up.
+    """
+    with locked(directory, SHARED) as lock:
+        if lock is None:
+            raise CommitError(f"{directory}: gone; the conversion was finished or given up. Begin again.")
+        yield
+
+
+def clear(directory: Path) -> None:
+    """Delete all that the directory holds, its plan first."""
+    for entry in sorted(directory.iterdir(), key=lambda path: path.name != PLAN_NAME):
+        if entry.is_dir() and not entry.is_symlink():
+            durable.remove_tree(entry)
+        else:
+            entry.unlink(missing_ok=True)
+
+
+def remove(directory: Path) -> None:
+    """Delete the directory."""
+    clear(directory)
+    with suppress(OSError):  # somebody else begins anew
+        directory.rmdir()
