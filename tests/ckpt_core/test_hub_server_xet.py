@@ -2,6 +2,10 @@ import hashlib
 import json
 import random
 import struct
+import subprocess
+import sys
+import textwrap
+import time
 
 import hf_xet
 import httpx2
@@ -288,3 +292,20 @@ def test_a_client_whose_cache_is_of_another_server_is_told(tmp_path):
         answer = http.post(f"{CAS}/shards", content=shard, headers=writer(http))
     assert answer.status_code == 400
     assert "HF_XET_CACHE" in json.loads(answer.content)["error"]
+
+
+def test_a_killed_upload_is_completed_by_a_rerun(tmp_path):
+    """A client killed between its xorbs and its shard has committed nothing, and with its cache commits when rerun."""
+    faults = Faults(Fault(kind="delay", seconds=60, on=lambda _, path: path.endswith("/v1/shards")))
+    files = {"model.bin": random.Random(6).randbytes(200_000)}
+    with hub_server(tmp_path / "hub", faults=faults) as server, httpx2.Client(base_url=server.endpoint) as http:
+        variables = environment(server, tmp_path / "home", files=write(tmp_path / "files", files))
+        child = subprocess.Popen([sys.executable, "-c", textwrap.dedent(UPLOAD)], env=variables)
+        while not faults.struck:
+            assert child.poll() is None
+            time.sleep(0.01)
+        child.kill()
+        child.wait()
+        assert len(http.get(f"{API}/commits/main").json()) == 1
+        assert run_child(UPLOAD, variables)["commit"]
+        assert http.get(f"/{REPO}/resolve/main/model.bin").content == files["model.bin"]
