@@ -163,15 +163,12 @@ def test_a_plan_can_be_emptied_while_the_server_runs(http, faults):
     assert faults.struck == []
 
 
-def test_concurrent_requests_are_struck_as_often_as_planned(server, faults):
+def test_concurrent_requests_are_struck_as_often_as_planned(http, server, faults):
     """Of requests that come at once exactly as many fail as the fault says, and each is logged once."""
     faults.add(Fault(kind="status", times=7))
 
-    def status(_):
-        return httpx2.get(f"{server.endpoint}{REPO}", trust_env=False).status_code
-
     with ThreadPoolExecutor(8) as pool:
-        statuses = list(pool.map(status, range(40)))
+        statuses = list(pool.map(lambda _: http.get(REPO).status_code, range(40)))
     assert sorted(statuses) == [200] * 33 + [503] * 7
     assert sorted(request.status for request in server.requests) == sorted(statuses)
     assert len({request.number for request in server.requests}) == 40
