@@ -38,7 +38,7 @@ class Cuttable:
         connections = self._open
 
         class NotedProtocol(H11Protocol):
-            def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  as uvicorn has it
+            def connection_made(self, transport: asyncio.Transport) -> None:
                 super().connection_made(transport)
                 connections[transport.get_extra_info("peername")] = transport
 
@@ -127,13 +127,13 @@ class _Flip:
 
 async def _body(receive: Receive, most: int | None = None) -> bytes:
     """Read the request's body, or no more of it than tells that it has `most` bytes."""
-    body = b""
+    body = bytearray()
     more = True
     while more and (most is None or len(body) < most):
         message = await receive()
         body += message.get("body", b"")
         more = message.get("more_body", False)
-    return body
+    return bytes(body)
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

@@ -213,6 +213,20 @@ def test_the_storage_is_closed_to_who_has_no_token(uploaded, http, reader):
     assert http.get(xorb).status_code == 200
 
 
+def test_the_hub_gives_tokens_to_who_may_read_or_write(tmp_path):
+    """Of a private repository, tokens to read go to who may read it and tokens to write to who may write to it."""
+    body = {"name": "model", "organization": "team", "visibility": "private"}
+    with (
+        hub_server(tmp_path, token="right", read_only_token="reader") as server,
+        httpx2.Client(base_url=server.endpoint, trust_env=False) as http,
+    ):
+        senders = [{}, *({"Authorization": f"Bearer {token}"} for token in ("wrong", "reader", "right"))]
+        http.post("/api/repos/create", json=body, headers=senders[-1]).raise_for_status()
+        read = [http.get(f"{API}/xet-read-token/main", headers=sender).status_code for sender in senders]
+        write = [http.get(f"{API}/xet-write-token/main", headers=sender).status_code for sender in senders]
+    assert (read, write) == ([401, 401, 200, 200], [401, 401, 403, 200])
+
+
 def writer(http):
     """Return the headers of who may upload to the storage."""
     return {"Authorization": f"Bearer {http.get(f'{API}/xet-write-token/main').json()['accessToken']}"}
