@@ -11,6 +11,7 @@ from prefect.runtime import flow_run
 
 from ckpt_core import open_checkpoint
 from ckpt_core.store import Checkpoint
+from ckpt_core.urls import place_of
 from tasks.config import ExportSettings, ValidationSettings
 from tasks.conversion import convert_checkpoint
 from tasks.validation import check_export, validate
@@ -35,7 +36,7 @@ def convert(
 
     Args:
         checkpoint: URL or path of a committed step, <store>/<run>/step_NNNNNNNNNN; config and tokenizer are in it.
-        output: the directory to make; empty means <store>/<run>/exports/<step>.
+        output: the directory to make, as a path or URL; empty means <store>/<run>/exports/<step>.
         export: cast, file sizes, and where the files are written: by processes of this machine, or a Dask cluster's.
         allow_nonfinite: accept NaN and Inf in the weights.
     """
@@ -48,12 +49,12 @@ def convert(
 
 
 def default_target(checkpoint: Checkpoint, export: ExportSettings) -> str:
-    """Return where a checkpoint's export goes: beside the run's steps, by step and cast."""
-    cast = f"-{export.dtype}" if export.dtype else ""
-    return str(checkpoint.path.parent / "exports" / f"{checkpoint.path.name}{cast}")
+    """Return where a checkpoint's export goes: beside the run's steps, by step, cast and merge."""
+    cast, merged = f"-{export.dtype}" if export.dtype else "", "-merged" if export.merge_adapter else ""
+    return str(checkpoint.path.parent / "exports" / f"{checkpoint.path.name}{cast}{merged}")
 
 
 if __name__ == "__main__":
     if len(sys.argv) not in {2, 3}:
         sys.exit("usage: python -m flows.convert CHECKPOINT [OUTPUT]")
-    print(convert(sys.argv[1], str(Path(sys.argv[2]).absolute()) if sys.argv[2:] else None)["export"])  # noqa: T201
+    print(convert(sys.argv[1], str(place_of(sys.argv[2])) if sys.argv[2:] else None)["export"])  # noqa: T201

@@ -15,6 +15,7 @@ from prefect.task_runners import TaskRunner
 
 from ckpt_core import open_checkpoint
 from ckpt_core.errors import ArgumentError, CkptError, CommitError
+from ckpt_core.urls import place_of
 from tasks import artifacts
 from tasks.config import ExportSettings
 from tasks.launch import run_job
@@ -31,7 +32,7 @@ def convert_checkpoint(
     allow_nonfinite: bool = False,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Convert a checkpoint to sharded safetensors at `target`; one made before with equal settings is kept.
+    """Convert a checkpoint to sharded safetensors at `target`, a path or URL; one made before, alike, stays.
 
     Several files are mapped on a task runner, `tasks.runners.task_runner`; a single one is written by the child
     process that plans it. A conversion that was stopped goes on with the files that it had not finished.
@@ -51,6 +52,7 @@ def convert_checkpoint(
         "dtype": settings.dtype,
         "max_shard_bytes": int(settings.max_shard_megabytes * 1_000_000),
         "allow_nonfinite": allow_nonfinite,
+        "merge_adapter": settings.merge_adapter,
         "trust_remote_code": trust_remote_code,
     }
     runner = task_runner(settings.dask_address)
@@ -72,19 +74,20 @@ def begin(request: dict[str, Any]) -> dict[str, Any]:
 
 @task(task_run_name="write {name}")
 def write_file(target: str, name: str) -> None:
-    """Write one file of a conversion that was begun, in any process on the same file system.
+    """Write one file of a conversion that was begun, in any process that reaches its target.
 
     Raises:
-        ArgumentError: this process is on another one.
+        ArgumentError: this process is on another file system.
     """
     from ckpt_core.export import convert_shard
 
-    if not Path(target).parent.is_dir():
+    place = place_of(target)
+    if isinstance(place, Path) and not place.parent.is_dir():
         raise ArgumentError(
-            f"{Path(target).parent}: not on {socket.gethostname()}, which is to write {name}; mount it there at "
+            f"{place.parent}: not on {socket.gethostname()}, which is to write {name}; mount it there at "
             "the same path, or leave export.dask_address empty."
         )
-    convert_shard(Path(target), name)
+    convert_shard(place, name)
 
 
 @task(task_run_name="finish export of {request[run]}")
@@ -118,4 +121,4 @@ def _abandon(target: str) -> None:
     from ckpt_core.export import abandon_conversion
 
     with suppress(CommitError):
-        abandon_conversion(Path(target))
+        abandon_conversion(place_of(target))

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ckpt_core import PyTorchCheckpoint, open_checkpoint
+from ckpt_core.durable import file_system, files_below, make_parents
 from ckpt_core.errors import NotACheckpointError
 from ckpt_core.verify import Check
+
+if TYPE_CHECKING:
+    from ckpt_core.urls import Place
 
 SAMPLE = """def fibonacci(count):
     \"\"\"Return the first numbers of the Fibonacci sequence.\"\"\"
@@ -21,12 +28,16 @@ SAMPLE = """def fibonacci(count):
 """Text that both models read; any text would do."""
 
 
-def compare_with_checkpoint(url: str, export: Path) -> list[Check]:
+def compare_with_checkpoint(url: str, export: Place) -> list[Check]:
     """Load an export with `from_pretrained`, restore the checkpoint with torch's own loader, and compare the two.
 
     Without a cast tensors and logits must be the same bit for bit; with one, the same as the checkpoint's when cast.
     """
-    restored = restore_model(url)
+    with local_copy(export) as directory:
+        return _compare(restore_model(url), directory)
+
+
+def _compare(restored: Any, export: Path) -> list[Check]:
     exported, info = type(restored).from_pretrained(export, output_loading_info=True)
     checks = [_keys(name, info[f"{name}_keys"]) for name in ("missing", "unexpected", "mismatched")]
     ours, theirs = stored_tensors(exported), stored_tensors(restored)
@@ -57,13 +68,28 @@ def restore_model(url: str) -> Any:
     assets = open_checkpoint(url).component("assets")
     if assets is None or not (assets / "config.json").is_file():
         raise NotACheckpointError(f"{url}: has no assets/config.json, so its architecture is not known.")
-    config = AutoConfig.from_pretrained(str(assets))
+    with local_copy(assets) as directory:
+        config = AutoConfig.from_pretrained(directory)
     named = config.architectures
     if not named:
         raise NotACheckpointError(f"{assets}/config.json: names no architectures, so the model's class is not known.")
     model = named_class(named[0])(config).eval()
     PyTorchCheckpoint.from_url(url).restore(model)
     return model
+
+
+@contextmanager
+def local_copy(place: Place) -> Generator[Path]:
+    """Give a directory as it is, or a copy of what lies at a URL, meanwhile."""
+    if isinstance(place, Path):
+        yield place
+        return
+    with TemporaryDirectory() as temporary:
+        for name, _ in files_below(place):
+            path = Path(temporary, name)
+            make_parents(path)
+            file_system(place).get_file((place / name).path, str(path))
+        yield Path(temporary)
 
 
 def _keys(kind: str, keys: Any) -> Check:

@@ -53,8 +53,8 @@ def validate(url: str, **changes: Any) -> dict[str, Any]:
 
 def request_of(url: str, target: Path | str, **changes: Any) -> dict[str, Any]:
     """Return the request to convert with the default settings, but for the changes."""
-    settings = {"dtype": None, "max_shard_bytes": 10**9, "allow_nonfinite": False, "trust_remote_code": False}
-    return {"url": url, "target": str(target), **settings | changes}
+    flags = dict.fromkeys(("allow_nonfinite", "merge_adapter", "trust_remote_code"), False)
+    return {"url": url, "target": str(target), "dtype": None, "max_shard_bytes": 10**9, **flags, **changes}
 
 
 def convert(url: str, target: Path | str, **changes: Any) -> dict[str, Any]:
