@@ -16,7 +16,8 @@ _LONGEST = 100_000  # requests that are remembered: a server may run for weeks
 class LoggedRequest:
     """One request; `received` and `sent` count the bytes of its body and of the answer's, without headers.
 
-    `status` is None where the connection was cut before an answer began; `path` is without the query.
+    The body of a request that is refused unread counts nothing. `status` is None where the connection was cut before an
+    answer began; `path` is without the query.
     """
 
     number: int
