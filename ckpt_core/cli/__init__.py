@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from ckpt_core.cli import exports, imports, look, stores
+from ckpt_core.cli import exports, imports, look, releases, stores
 from ckpt_core.cli.command import Answer, Commands
 from ckpt_core.errors import ArgumentError, CkptError
 
@@ -49,6 +49,6 @@ def _fail(error: Exception, options: argparse.Namespace, status: int) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ckpt", description="Look at, verify, convert and publish checkpoints.")
     commands = Commands(parser)
-    for group in (look, stores, exports, imports):
+    for group in (look, stores, exports, imports, releases):
         group.add_commands(commands)
     return parser

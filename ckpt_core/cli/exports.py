@@ -1,12 +1,10 @@
-"""`ckpt convert`, `ckpt publish` and `ckpt hub`: from a checkpoint to a Hugging Face directory, and to a Hub."""
+"""`ckpt convert`: from a checkpoint to a Hugging Face directory."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,18 +24,8 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def add_commands(commands: Commands) -> None:
-    """Add the commands that make and publish exports."""
+    """Add the command that makes exports."""
     _add_convert(commands.add("convert", _convert, "make a Hugging Face directory of a DCP checkpoint"))
-    publish = commands.add("publish", _publish, "publish an export: one commit, read back, tagged")
-    publish.add_argument("export")
-    publish.add_argument("repo_id", metavar="REPO_ID")
-    publish.add_argument("--tag", help="default: the next of v1, v2, ...")
-    publish.add_argument("--private", action="store_true", help="create the repository as private")
-    publish.add_argument("--endpoint", metavar="URL", help="default: HF_ENDPOINT, or huggingface.co")
-    hub = commands.add_group("hub", "the local Hub server")
-    serve = hub.add("serve", _serve_hub, "serve the repositories in a directory, as the Hub does")
-    serve.add_argument("directory", nargs="?", default="runs/hub", metavar="DIR")
-    serve.add_argument("--port", type=int, default=0, metavar="N", help="default: a free one")
 
 
 def parse_size(text: str) -> int:
@@ -176,25 +164,3 @@ def _line(output: Output) -> str:
     how += f", cast from {output.stored}" if output.casts else ""
     sources = ", ".join(output.sources[:3]) + (", ..." if output.sources[3:] else "")
     return f"  {output.dtype:10} {output.shape!s:20} {output.name}: {how} from {sources}"
-
-
-def _publish(options: argparse.Namespace) -> Answer:
-    from ckpt_core.hub import publish
-
-    release = publish(
-        options.export, options.repo_id, tag=options.tag, private=options.private, endpoint=options.endpoint
-    )
-    state = "published" if release.created else "was published already, unchanged"
-    return Answer(asdict(release), [f"{release.repo_id} {release.tag} {state}: {release.url}"])
-
-
-def _serve_hub(options: argparse.Namespace) -> None:
-    """Serve until a signal comes; the answer is given when the server is ready."""
-    from ckpt_core.testing.hub_server import HubServer, serve
-
-    def ready(server: HubServer) -> None:
-        facts = {"endpoint": server.endpoint, "directory": str(server.directory)}
-        text = f"serving {server.directory} at {server.endpoint}; use it with HF_ENDPOINT={server.endpoint}"
-        print(json.dumps(facts) if options.json else text, flush=True)  # noqa: T201 - the answer, before it blocks
-
-    serve(options.directory, port=options.port, ready=ready)

@@ -1,12 +1,24 @@
-"""Publishing exports to the Hub: one atomic commit, read back before its version tag is set.
+"""Publishing exports: staged whole, compared by digest, promoted in one commit, tagged, and taken back in another.
 
-The same client speaks to huggingface.co and to `ckpt_core.testing.hub_server`; importing this loads neither torch,
-transformers nor huggingface_hub.
+A target is a repository on the Hub, a directory or a bucket. The same client speaks to huggingface.co and to
+`ckpt_core.testing.hub_server`; importing this loads neither torch, transformers nor huggingface_hub.
 """
 
 from ckpt_core.hub.card import render_card
 from ckpt_core.hub.connection import child_environment
-from ckpt_core.hub.publication import publish
-from ckpt_core.hub.releases import Release, download, latest_release
+from ckpt_core.hub.publication import Candidate, discard, download, promote, publish, roll_back, served, stage
+from ckpt_core.hub.releases import Release
 
-__all__ = ["Release", "child_environment", "download", "latest_release", "publish", "render_card"]
+__all__ = [
+    "Candidate",
+    "Release",
+    "child_environment",
+    "discard",
+    "download",
+    "promote",
+    "publish",
+    "render_card",
+    "roll_back",
+    "served",
+    "stage",
+]

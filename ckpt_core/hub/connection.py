@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Self
 from urllib.parse import urlsplit
 
 from ckpt_core.errors import ArgumentError, HubAuthError, HubError
+from ckpt_core.hub import retries
 
 if TYPE_CHECKING:
-    from httpx2 import Client, Request
+    from httpx2 import Client, Request, Response
     from huggingface_hub import HfApi
 
 # Seconds without a single byte; a large upload may take hours as long as it moves.
 CONNECT_SECONDS = 10.0
 IDLE_SECONDS = 120.0
+_WAITING = (429, 503)  # the answers that may say how long to wait
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Connection:
         """Choose endpoint and token: the arguments, else `HF_ENDPOINT` and `HF_TOKEN` or a stored login.
 
         Raises ArgumentError for an address that is none; HubAuthError where a token would travel in the clear, or where
-        writing would need one and there is none; HubError where a loopback server would be spoken to in Xet.
+        writing would need one and there is none.
         """
         from huggingface_hub import constants, get_token
 
@@ -43,8 +45,6 @@ class Connection:
             raise HubAuthError(
                 f"{address}: no token found; set HF_TOKEN to one with write access, or run hf auth login"
             )
-        if write and local:
-            _check_no_xet(address)
         _install_deadline()
         return cls(endpoint=address, token=token or False)
 
@@ -63,11 +63,9 @@ class Connection:
 def child_environment(endpoint: str) -> dict[str, str]:
     """Return what to add to the environment of a child process that speaks to `endpoint`.
 
-    The client reads these once, at its import. Xet is switched off for a server on this machine, which has LFS alone,
-    and never for another one.
+    The client reads it once, at its import. Raises ArgumentError for what is no address.
     """
-    address = check_endpoint(endpoint)
-    return {"HF_ENDPOINT": address, **({"HF_HUB_DISABLE_XET": "1"} if is_loopback(address) else {})}
+    return {"HF_ENDPOINT": check_endpoint(endpoint)}
 
 
 def check_endpoint(endpoint: str) -> str:
@@ -97,16 +95,6 @@ def is_loopback(endpoint: str) -> bool:
         return False
 
 
-def _check_no_xet(endpoint: str) -> None:
-    from huggingface_hub.utils._runtime import is_xet_available
-
-    if is_xet_available():
-        raise HubError(
-            f"{endpoint}: a server on this machine takes LFS uploads, and huggingface_hub was imported with Xet on; set"
-            " HF_HUB_DISABLE_XET=1 before Python starts (ckpt_core.hub.child_environment gives what a child needs)"
-        )
-
-
 def _install_deadline() -> None:
     """Have every request of this process's client end when nothing comes for a while; it waits for ever by default."""
     from huggingface_hub import set_client_factory
@@ -129,7 +117,10 @@ class _DeadlineFactory:
     def __call__(self) -> "Client":
         client = self._make_client()
         hooks = client.event_hooks
-        client.event_hooks = {**hooks, "request": [*hooks.get("request", []), _set_deadline]}
+        client.event_hooks = {
+            "request": [*hooks.get("request", []), _set_deadline],
+            "response": [*hooks.get("response", []), _refuse_long_wait],
+        }
         return client
 
 
@@ -137,3 +128,15 @@ def _set_deadline(request: "Request") -> None:
     limits = {"connect": CONNECT_SECONDS, "read": IDLE_SECONDS, "write": IDLE_SECONDS, "pool": IDLE_SECONDS}
     asked = {name: value for name, value in request.extensions.get("timeout", {}).items() if value is not None}
     request.extensions["timeout"] = {**limits, **asked}
+
+
+def _refuse_long_wait(response: "Response") -> None:
+    """End a call where the Hub asks for a long wait: the client would wait as long as it is told to."""
+    if response.status_code not in _WAITING:
+        return
+    seconds = retries.asked_by(response.headers) or 0
+    if seconds > retries.LONGEST_ASKED_S:
+        raise HubError(
+            f"{response.url.scheme}://{response.url.netloc.decode()}: HTTP {response.status_code}: the Hub wants no"
+            f" request for {seconds:g} s; run it again then: what arrived is found and not sent twice"
+        )

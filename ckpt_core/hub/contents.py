@@ -1,9 +1,9 @@
-"""What a release holds: the files of an export, checked against its `export.json`, and the card."""
+"""What a release holds: the files of an export, checked against its `export.json`, the card and its pictures."""
 
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
@@ -13,7 +13,8 @@ from ckpt_core.errors import ArgumentError, DamagedError
 MANIFEST = "export.json"
 CARD = "README.md"
 _FORMAT_VERSION = 1
-_SMALL_BYTES = 2**20
+LARGE_BYTES = 2**20
+"""Files above this size in bytes are sent one at a time, and are not read to be checked."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -31,24 +32,52 @@ class Content:
         return hashlib.sha1(b"blob %d\0%s" % (len(data), data), usedforsecurity=False).hexdigest()
 
 
-def read_contents(export: Path, card: str | None, default_card: str) -> dict[str, Content]:
+def read_contents(
+    export: Path, card: str | Callable[[Mapping[str, Any]], str], pictures: Mapping[str, bytes] | None = None
+) -> dict[str, Content]:
     """Return every file of the release by its path.
 
     Names, sizes and the digests of small files are compared with `export.json`. Large files are not read: what the
-    Hub then holds is compared with the digests made when they were written. Raises ArgumentError without a directory
-    or with two cards; DamagedError where the directory and `export.json` do not agree.
+    target then holds is compared with the digests made when they were written. A `card` that is no text makes one of
+    what `export.json` says, where the export has none.
+
+    Raises:
+        ArgumentError: no directory, two cards, or a picture whose name is taken or none.
+        DamagedError: the directory and `export.json` do not agree.
     """
     if not export.is_dir():
         raise ArgumentError(f"{export} is not a directory; publish takes what ckpt convert wrote")
     manifest = _in_memory(_read(export / MANIFEST))
-    contents = _listed(export, cast("bytes", manifest.source))
+    record = _record(export, cast("bytes", manifest.source))
+    contents = _listed(export, record)
     _check_directory(export, contents)
     contents[MANIFEST] = manifest
-    if card is not None and CARD in contents:
-        raise ArgumentError(f"{export} has a {CARD} of its own; publish it without another card")
     if CARD not in contents:
-        contents[CARD] = _in_memory((card if card is not None else default_card).encode())
+        contents[CARD] = _in_memory((card if isinstance(card, str) else card(record)).encode())
+    elif isinstance(card, str):
+        raise ArgumentError(f"{export} has a {CARD} of its own; publish it without another card")
+    for name, picture in (pictures or {}).items():
+        if not name or PurePosixPath(name).name != name or name.startswith(".") or name in contents:
+            raise ArgumentError(f"a picture cannot be named {name!r}; give it a plain name that no other file has")
+        contents[name] = _in_memory(picture)
     return contents
+
+
+def name_of(contents: Mapping[str, Content]) -> str:
+    """Return 16 hexadecimal digits that stand for all files: their paths, sizes and digests."""
+    lines = (f"{path}\0{contents[path].size}\0{contents[path].sha256}\n" for path in sorted(contents))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
+
+
+def check_weights(export: Path) -> None:
+    """Read the headers of the safetensors files, and the index that says which tensor is in which.
+
+    Raises:
+        DamagedError: they are not sound, or do not agree.
+    """
+    from ckpt_core.hf_weights import read_weights
+
+    read_weights(export)
 
 
 def _in_memory(data: bytes) -> Content:
@@ -62,20 +91,30 @@ def _read(path: Path) -> bytes:
         raise DamagedError(f"{path} is missing, so this is no complete export; convert again") from None
 
 
-def _listed(export: Path, manifest: bytes) -> dict[str, Content]:
-    where = export / MANIFEST
+def _record(export: Path, manifest: bytes) -> Mapping[str, Any]:
+    """Return what `export.json` says, in the one version that is known."""
     try:
-        data: Any = json.loads(manifest)
-        version, files = data["format_version"], cast("Mapping[str, Mapping[str, Any]]", data["files"])
-        if version != _FORMAT_VERSION:
-            raise DamagedError(
-                f"{where}: format_version is {version}, expected {_FORMAT_VERSION}; use a newer ckptflow"
-            )
+        record: Any = json.loads(manifest)
+        version = record["format_version"]
+    except (ValueError, LookupError, TypeError) as problem:
+        raise _damaged(export, problem) from None
+    if version != _FORMAT_VERSION:
+        raise DamagedError(
+            f"{export / MANIFEST}: format_version is {version}, expected {_FORMAT_VERSION}; use a newer ckptflow"
+        )
+    return record
+
+
+def _listed(export: Path, record: Mapping[str, Any]) -> dict[str, Content]:
+    try:
+        files = cast("Mapping[str, Mapping[str, Any]]", record["files"])
         return {name: _content(export, name, entry["bytes"], entry["sha256"]) for name, entry in files.items()}
-    except (ValueError, LookupError, TypeError, AttributeError) as problem:
-        if isinstance(problem, DamagedError):
-            raise
-        raise DamagedError(f"{where} is damaged ({type(problem).__name__}: {problem}); convert again") from None
+    except (LookupError, TypeError, AttributeError) as problem:
+        raise _damaged(export, problem) from None
+
+
+def _damaged(export: Path, problem: Exception) -> DamagedError:
+    return DamagedError(f"{export / MANIFEST} is damaged ({type(problem).__name__}: {problem}); convert again")
 
 
 def _content(export: Path, name: str, size: object, sha256: object) -> Content:
@@ -98,5 +137,5 @@ def _check_directory(export: Path, listed: Mapping[str, Content]) -> None:
         size = there[name].stat().st_size
         if size != content.size:
             raise DamagedError(f"{export}: {name} has {size} bytes, {MANIFEST} says {content.size}; convert again")
-        if content.size <= _SMALL_BYTES and _in_memory(there[name].read_bytes()).sha256 != content.sha256:
+        if content.size <= LARGE_BYTES and _in_memory(there[name].read_bytes()).sha256 != content.sha256:
             raise DamagedError(f"{export}: {name} was changed after {MANIFEST} was written; convert again")

@@ -1,138 +1,307 @@
-"""Publishing an export: one commit, read back, then a version tag.
+"""Publishing an export: staged as a candidate, compared by digest, promoted to `main` in one commit, then tagged.
 
-The tag comes last, so a tag means that the Hub was seen to hold the right bytes. A rerun after a stop at any moment
-finds what is done, does the rest, and ends with the same release.
+The tag comes last, so a tag means that the target was seen to hold the right bytes; the candidate goes after it, so one
+that is there means that its publication did not end. A rerun after a stop at any moment finds what is done, does the
+rest, and ends with the same release. All this is written once, for every kind of target.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from ckpt_core.errors import HubConflictError, HubError
+from ckpt_core.errors import ArgumentError, HubConflictError, HubContentError, HubError
 from ckpt_core.hub.card import render_card
-from ckpt_core.hub.connection import Connection
-from ckpt_core.hub.contents import Content, read_contents
-from ckpt_core.hub.failures import at_hub
-from ckpt_core.hub.readback import read_back
-from ckpt_core.hub.releases import Release, check_repo_id, check_tag, next_version, release, tree, version_of
+from ckpt_core.hub.card_facts import export_facts
+from ckpt_core.hub.contents import MANIFEST, Content, check_weights, name_of, read_contents
+from ckpt_core.hub.releases import Release, check_tag, describe, next_version, tag_of
+from ckpt_core.hub.target import Progress, State, Target, Tree, open_target
 
-if TYPE_CHECKING:
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, RepoFile
+
+@dataclass(frozen=True)
+class Candidate:
+    """An export that is at its target, whole and compared by digest, and that is not served yet.
+
+    `name` stands for its content, `commit` for its tree at the target, and `parent` for the commit of `main` that was
+    there when it was staged. Where `main` served that content already, `commit` is that one.
+    """
+
+    where: str
+    name: str
+    commit: str
+    parent: str | None
 
 
 def publish(
     export: str | PathLike[str],
-    repo_id: str,
+    where: str | PathLike[str],
     *,
     tag: str | None = None,
     private: bool = False,
     endpoint: str | None = None,
     token: str | None = None,
     card: str | None = None,
+    pictures: Mapping[str, bytes] | None = None,
+    parent: str | None = None,
+    progress: Progress | None = None,
+    read_back: bool = False,
 ) -> Release:
-    """Make `main` of a repository hold exactly this export, verify it from the Hub, and tag it.
+    """Make `main` of a target hold exactly this export, and tag it: `stage`, then `promote`.
 
-    `export` is a directory with `export.json`; `repo_id` is `namespace/name`, created (private or not) where it is
-    missing. `tag` defaults to the next of `v1`, `v2`, ...; `card` is the text of README.md (see `render_card`), by
-    default a minimal one. Endpoint and token default to `HF_ENDPOINT` and `HF_TOKEN`, or a stored login.
-
-    Publishing what is published already sends nothing and returns the release that there is. An unchanged release
-    needs an unchanged card: leave times and the tag out of it.
-
-    Raises ArgumentError for a wrong argument; DamagedError where the export is not what `export.json` says;
-    HubAuthError, HubConflictError (another commit or tag came first) and HubContentError (the Hub serves other bytes,
-    and no tag was set); HubError for all else that keeps a release from being there and verified.
+    Publishing what is published already sends and reads nothing, and returns the release that there is. An unchanged
+    release needs an unchanged card: leave times and the tag out of it. Arguments and errors are those of the two.
     """
-    check_repo_id(repo_id)
+    candidate = stage(
+        export,
+        where,
+        tag=tag,
+        private=private,
+        endpoint=endpoint,
+        token=token,
+        card=card,
+        pictures=pictures,
+        parent=parent,
+        progress=progress,
+        read_back=read_back,
+    )
+    return promote(where, candidate, tag=tag, endpoint=endpoint, token=token)
+
+
+def stage(
+    export: str | PathLike[str],
+    where: str | PathLike[str],
+    *,
+    tag: str | None = None,
+    private: bool = False,
+    endpoint: str | None = None,
+    token: str | None = None,
+    card: str | None = None,
+    pictures: Mapping[str, bytes] | None = None,
+    parent: str | None = None,
+    progress: Progress | None = None,
+    read_back: bool = False,
+) -> Candidate:
+    """Send an export to a target as a candidate, and compare what arrived, by digest; `main` stays as it is.
+
+    Args:
+        export: a directory with `export.json`.
+        where: `namespace/name` on the Hub, or the path or URL of a directory or bucket; made where there is none.
+        tag: the tag that `promote` will set; one that is taken by another release is refused before anything is sent.
+        private: make a repository that is missing on the Hub as a private one.
+        endpoint: the Hub's address; default: `HF_ENDPOINT`, or huggingface.co.
+        token: default: `HF_TOKEN`, or a stored login.
+        card: the text of README.md (see `render_card`); default: a minimal one.
+        pictures: files to lie beside the card, by name.
+        parent: the commit that `main` must be at: the one that a decision was made against; default: whichever it is.
+        progress: told of the bytes that were sent.
+        read_back: read every byte from the target too, and compare its sha256.
+
+    Raises:
+        ArgumentError: a wrong argument.
+        DamagedError: the export is not what `export.json` says, or was converted without digests.
+        HubAuthError: the token is missing, wrong, or may not write.
+        HubConflictError: `main` is not at `parent`, the tag is taken, or the repository is public.
+        HubContentError: the target holds other bytes than were sent.
+        HubError: all else that keeps the candidate from being there.
+    """
     if tag is not None:
         check_tag(tag)
-    contents = read_contents(Path(export), card, _default_card(repo_id))
-    hub = Connection.open(endpoint, token, write=True)
-    return at_hub(hub, repo_id, lambda: _publish(hub, repo_id, contents, tag, private=private))
+    contents = read_contents(Path(export), card if card is not None else partial(_default_card, str(where)), pictures)
+    target = open_target(where, endpoint=endpoint, token=token, private=private, write=True)
+    state = target.prepare()
+    name = name_of(contents)
+    if tag is not None and tag in state.tags:
+        _check_same(target, tag, state.tags[tag], contents)
+    commit = state.head
+    if commit is None or _differs(target.tree(commit), contents):
+        if parent is not None and state.head != parent:
+            raise HubConflictError(
+                f"{target.where}: main is at {state.head}, and the decision to publish was made against {parent}; "
+                "nothing was sent. Compare with what main serves now, then publish again"
+            )
+        check_weights(Path(export))
+        commit = target.stage(name, contents, state.head, progress)
+        if wrong := _differs(target.tree(commit), contents):
+            raise _other_bytes(target, commit, wrong)
+    if read_back:
+        _read_back(target, commit, contents)
+    return Candidate(str(where), name, commit, parent or state.head)
 
 
-def _publish(
-    hub: Connection, repo_id: str, contents: Mapping[str, Content], tag: str | None, *, private: bool
+def promote(
+    where: str | PathLike[str],
+    candidate: Candidate,
+    *,
+    tag: str | None = None,
+    endpoint: str | None = None,
+    token: str | None = None,
 ) -> Release:
-    _open_repo(hub, repo_id, private=private)
-    head, tags = _refs(hub, repo_id)
-    operations = _difference(contents, tree(hub, repo_id, head))
-    sizes = [content.size for content in contents.values()]
-    if not operations:
-        existing = version_of(head, tags) if tag is None else tag
-        if existing is not None and tags.get(existing) == head:
-            return release(hub, repo_id, existing, head, sizes, created=False)
-    name = next_version(tags) if tag is None else tag
-    if name in tags:
-        raise HubConflictError(
-            f"{hub.endpoint}/{repo_id}: the tag {name} is on commit {tags[name]}, and a release never changes;"
-            " publish under another tag, or leave the tag out for the next version"
-        )
-    commit = _commit(hub, repo_id, operations, head, name) if operations else head
-    read_back(hub, repo_id, commit, contents)
-    hub.api.create_tag(repo_id, tag=name, revision=commit)
-    return release(hub, repo_id, name, commit, sizes, created=True)
+    """Make `main` serve a candidate, by one new commit, and tag that; the candidate itself is then taken away.
+
+    `tag` defaults to the next of `v1`, `v2`, ... Where `main` serves the same content already, nothing is committed.
+
+    Raises:
+        HubConflictError: somebody else moved `main` since the candidate was staged, or took the tag.
+        HubContentError: `main` holds another tree than the candidate.
+        HubAuthError, HubError: as for `stage`.
+    """
+    if tag is not None:
+        check_tag(tag)
+    target = open_target(where, endpoint=endpoint, token=token, write=True)
+    state = target.read()
+    wanted = target.tree(candidate.commit)
+    served = state.head == candidate.commit or (state.head is not None and target.tree(state.head) == wanted)
+    name = tag or _tag_for(target, state, candidate, wanted, served=served)
+    if name in state.tags and target.tree(state.tags[name]) != wanted:
+        raise _taken(target, name, state.tags[name])
+    commit = state.head if served else None
+    if commit is None:
+        commit = _advance(target, candidate.commit, candidate.parent, f"Publish {name}", wanted)
+    if name not in state.tags:
+        target.tag(name, commit)
+    if candidate.name in state.candidates:
+        target.discard(candidate.name)
+    created = not served or name not in state.tags
+    return describe(target, name, commit, wanted, created=created)
 
 
-def _open_repo(hub: Connection, repo_id: str, *, private: bool) -> None:
-    hub.api.create_repo(repo_id, private=private, exist_ok=True)
-    if private and not hub.api.model_info(repo_id).private:  # it was there before, and public
-        raise HubConflictError(
-            f"{hub.endpoint}/{repo_id} exists and is public, and private was asked for; nothing was sent. Make it"
-            " private in its settings, or publish to another repository"
-        )
+def discard(
+    where: str | PathLike[str], candidate: Candidate, *, endpoint: str | None = None, token: str | None = None
+) -> None:
+    """Take away a candidate that is not to be served; what `main` or a tag holds stays. Raises as `promote` does."""
+    open_target(where, endpoint=endpoint, token=token, write=True).discard(candidate.name)
 
 
-def _refs(hub: Connection, repo_id: str) -> tuple[str, dict[str, str]]:
-    refs = hub.api.list_repo_refs(repo_id)
-    heads = [branch.target_commit for branch in refs.branches if branch.name == "main"]
-    if not heads:
-        raise HubError(f"{hub.endpoint}/{repo_id} has no branch main, which releases are published on; create it")
-    return heads[0], {tag.name: tag.target_commit for tag in refs.tags}
+def roll_back(where: str | PathLike[str], to: str, *, endpoint: str | None = None, token: str | None = None) -> Release:
+    """Make `main` serve an earlier release again, by a new commit with that tag's tree; all history stays.
+
+    Where `main` serves it already, nothing is done.
+
+    Raises:
+        ArgumentError: there is no such tag; the message lists those there are.
+        HubConflictError: somebody else moved `main` meanwhile.
+        HubContentError: `main` holds another tree than the tag.
+        HubAuthError, HubError: as for `stage`.
+    """
+    target = open_target(where, endpoint=endpoint, token=token, write=True)
+    state = target.read()
+    if state.head is None:
+        raise HubError(f"{target.where}: there is nothing here, or the token may not see it")
+    if to not in state.tags:
+        known = ", ".join(sorted(state.tags)) or "none"
+        raise ArgumentError(f"{target.where} has no tag {to!r} to roll back to; it has {known}")
+    wanted = target.tree(state.tags[to])
+    if target.tree(state.head) == wanted:
+        return describe(target, to, state.head, wanted, created=False)
+    commit = _advance(target, state.tags[to], state.head, f"Roll back to {to}", wanted)
+    return describe(target, to, commit, wanted, created=True)
 
 
-def _difference(
-    contents: Mapping[str, Content], remote: Mapping[str, "RepoFile"]
-) -> "list[CommitOperationAdd | CommitOperationDelete]":
-    """Return what turns the remote tree into the release; nothing where they are equal."""
-    from huggingface_hub import CommitOperationDelete
+def served(where: str | PathLike[str], *, endpoint: str | None = None, token: str | None = None) -> Release | None:
+    """Return the release that `main` serves: its commit, and the tag of that commit or, after a roll back, of its tree.
 
-    changed = [path for path in sorted(contents) if not _same(contents[path], remote.get(path))]
-    stale = sorted(remote.keys() - contents.keys())
-    deletions = [CommitOperationDelete(path_in_repo=path, is_folder=False) for path in stale]
-    return [*deletions, *(_addition(path, contents[path]) for path in changed)]
-
-
-def _same(content: Content, remote: "RepoFile | None") -> bool:
-    if remote is None or remote.size != content.size:
-        return False
-    if remote.lfs is not None:
-        return remote.lfs.sha256 == content.sha256
-    return remote.blob_id == content.git_id()
+    None without a repository, or where `main` holds no export. Raises HubError where the target does not answer,
+    HubAuthError where it does not accept the token.
+    """
+    target = open_target(where, endpoint=endpoint, token=token)
+    state = target.read()
+    if state.head is None:
+        return None
+    tree = target.tree(state.head)
+    if MANIFEST not in tree:
+        return None
+    return describe(target, tag_of(target, state.tags, state.head, tree), state.head, tree, created=False)
 
 
-def _addition(path: str, content: Content) -> "CommitOperationAdd":
-    from huggingface_hub import CommitOperationAdd
+def download(
+    where: str | PathLike[str],
+    revision: str,
+    *,
+    endpoint: str | None = None,
+    token: str | None = None,
+    directory: str | PathLike[str],
+) -> Path:
+    """Copy all files of a commit or tag into `directory`, check them against the target's digests, and return it.
 
-    addition = CommitOperationAdd(path_in_repo=path, path_or_fileobj=content.source)
-    addition.upload_info.sha256 = bytes.fromhex(content.sha256)  # or the client reads every file again to hash it
-    return addition
+    Raises HubContentError for a file that is missing or not what the target says; HubError where it cannot be read.
+    """
+    target, place = open_target(where, endpoint=endpoint, token=token), Path(directory)
+    commit = target.read().tags.get(revision, revision)
+    tree = target.tree(commit)
+    target.download(commit, place)
+    for path, entry in tree.items():
+        if not entry.holds_file(place / path):
+            raise HubContentError(f"{target.where}: {path} of {revision} arrived damaged in {place}; download it again")
+    return place
 
 
-def _commit(
-    hub: Connection,
-    repo_id: str,
-    operations: "list[CommitOperationAdd | CommitOperationDelete]",
-    head: str,
-    name: str,
-) -> str:
-    info = hub.api.create_commit(
-        repo_id, operations, commit_message=f"Publish {name}", parent_commit=head, revision="main"
+def _advance(target: Target, source: str, parent: str | None, message: str, wanted: Tree) -> str:
+    """Add the commit to `main` that gives it the tree of `source`, and compare the two."""
+    commit = target.promote(source, parent, message)
+    found = target.tree(commit)
+    for path in sorted(wanted.keys() | found.keys()):
+        if wanted.get(path) != found.get(path):
+            raise _other_bytes(target, commit, path)
+    return commit
+
+
+def _tag_for(target: Target, state: State, candidate: Candidate, wanted: Tree, *, served: bool) -> str:
+    """Choose the tag: that of what is served where its publication is complete, else the next version."""
+    if not served or state.head is None:
+        return next_version(state.tags)
+    unfinished = candidate.name in state.candidates
+    same = {tag: commit for tag, commit in state.tags.items() if commit == state.head or not unfinished}
+    return tag_of(target, same, state.head, wanted) or next_version(state.tags)
+
+
+def _differs(tree: Tree, contents: Mapping[str, Content]) -> str | None:
+    """Return the first path that a tree does not hold as it should, or None."""
+    for path in sorted(tree.keys() | contents.keys()):
+        if path not in tree or path not in contents or not tree[path].holds(contents[path]):
+            return path
+    return None
+
+
+def _check_same(target: Target, tag: str, commit: str, contents: Mapping[str, Content]) -> None:
+    if _differs(target.tree(commit), contents):
+        raise _taken(target, tag, commit)
+
+
+def _taken(target: Target, tag: str, commit: str) -> HubConflictError:
+    return HubConflictError(
+        f"{target.where}: the tag {tag} is on commit {commit}, and a release never changes; publish under another tag,"
+        " or leave the tag out for the next version"
     )
-    return info.oid
 
 
-def _default_card(repo_id: str) -> str:
+def _other_bytes(target: Target, commit: str, path: str) -> HubContentError:
+    return HubContentError(
+        f"{target.where}: {path} at {commit} is not what was to be published, by its size or digest; no tag was set. If"
+        " the file here still has the digest that export.json says, the copy there is damaged, or ignored by a"
+        " .gitignore: delete it there and publish again"
+    )
+
+
+def _read_back(target: Target, commit: str, contents: Mapping[str, Content]) -> None:
+    """Read each file of a commit from the target; raises HubContentError at the first that is another one."""
+    for path in sorted(contents):
+        expected = contents[path]
+        size, sha256 = target.digest(commit, path)
+        if (size, sha256) != (expected.size, expected.sha256):
+            raise HubContentError(
+                f"{target.where} serves other bytes than were to be published: {path} at {commit} has {size} bytes with"
+                f" sha256 {sha256}, expected {expected.size} with {expected.sha256}; no tag was set. If the file here"
+                " still has the expected digest, the copy there is damaged: delete it there and publish again"
+            )
+
+
+def _default_card(where: str, record: Mapping[str, Any]) -> str:
+    """Return a card that says what `export.json` does."""
     summary = "A transformers model, converted to safetensors from a PyTorch distributed checkpoint."
-    return render_card(title=repo_id.split("/")[1], summary=summary, repo_id=repo_id)
+    title = where.rstrip("/").rsplit("/", 1)[-1]
+    facts = export_facts(record)
+    return render_card(
+        title=title, summary=summary, repo_id=where, lineage=facts["lineage"], libraries=facts["libraries"]
+    )

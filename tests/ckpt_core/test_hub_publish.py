@@ -1,140 +1,40 @@
+"""Publishing to a local Hub: what is sent, what is refused, and what an error says."""
+
 import hashlib
-import json
 import os
-import pickle
 import signal
-import subprocess
-import sys
-from base64 import b64decode
 
 import pytest
 from hub_child import child_environment_for, run_child
+from hub_client import REPO, Client, line_for, sharded_files, weights, write_export
 
 from ckpt_core.errors import ArgumentError, DamagedError, HubAuthError, HubConflictError, HubContentError, HubError
 from ckpt_core.hub import child_environment
 from ckpt_core.hub.contents import read_contents
 from ckpt_core.testing.hub_repo import Put
 from ckpt_core.testing.hub_repos import Repos
-from ckpt_core.testing.hub_server import hub_server
 
-REPO = "team/model"
-WEIGHTS = bytes(range(256)) * 40
-WORKER = """
-import base64, dataclasses, json, pickle, sys, traceback
-from ckpt_core import hub
-from ckpt_core.errors import CkptError
-for line in sys.stdin:
-    name, arguments, options = json.loads(line)
-    try:
-        result = getattr(hub, name)(*arguments, **options)
-        answer = dataclasses.asdict(result) if dataclasses.is_dataclass(result) else result
-    except CkptError as error:
-        assert error.__cause__ is None and error.__context__ is None
-        text = "".join(traceback.format_exception(error))
-        answer = {"error": base64.b64encode(pickle.dumps(error)).decode(), "text": text}
-    print(json.dumps(answer, default=str), flush=True)
-"""
+FILES = {"model.safetensors": weights(), "config.json": b"{}", "extra/notes.txt": b"n", "empty.txt": b""}
 
 
-class Client:
-    """Calls `ckpt_core.hub` in a child process, and remembers what the server was asked."""
-
-    def __init__(self, tmp_path, **options):
-        self.tmp_path = tmp_path
-        self.requests = []
-        self.directory = tmp_path / "hub"
-        self.on_request = lambda *_: None
-        self.endpoint = ""
-        self._server = hub_server(self.directory, on_request=self._observe, **options)
-        self._worker = None
-
-    def __enter__(self):
-        self.endpoint = self._server.__enter__().endpoint
-        return self
-
-    def __exit__(self, *details):
-        if self._worker:
-            self._worker.communicate(timeout=60)
-        self._server.__exit__(*details)
-
-    def _observe(self, method, path, status):
-        if path != "/api/agent-harnesses":  # the client asks this once where it finds itself run by some tools
-            self.requests.append((method, path, status))
-            self.on_request(method, path, status)
-
-    def start_worker(self, **environment):
-        """Start a process that calls what it is told to, line by line."""
-        env = {**child_environment_for(self.endpoint, self.tmp_path / "home"), **environment}
-        command = [sys.executable, "-c", WORKER]
-        return subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def call(self, name, *arguments, **options):
-        """Return what the function returned as JSON, or raise the error that it raised there."""
-        self._worker = self._worker or self.start_worker()
-        self._worker.stdin.write(line_for(name, *arguments, **options))
-        self._worker.stdin.flush()
-        return self.result(self._worker.stdout.readline(), options.get("token"))
-
-    def call_alone(self, environment, name, *arguments, **options):
-        """Call a function in a process of its own, with more in its environment."""
-        worker = self.start_worker(**environment)
-        output = worker.communicate(line_for(name, *arguments, **options), timeout=60)[0]
-        return self.result(output, environment.get("HF_TOKEN"))
-
-    def result(self, line, token):
-        """Read a worker's answer; an error in it must not hold the token."""
-        answer = json.loads(line)
-        if isinstance(answer, dict) and "error" in answer:
-            pickled = b64decode(answer["error"])
-            if token:
-                assert token not in answer["text"]
-                assert token.encode() not in pickled
-            raise pickle.loads(pickled)
-        return answer
-
-    def publish(self, export, **options):
-        """Publish an export to the one repository of these tests."""
-        return self.call("publish", export, REPO, **options)
-
-    @property
-    def repo(self):
-        """The repository as it is on the server's disk."""
-        return Repos(self.directory).get(REPO)
-
-    def titles(self):
-        """Return the titles of main's commits, newest first."""
-        return [commit.title for commit in self.repo.history("main")]
-
-
-def line_for(name, *arguments, **options):
-    """Return the line that tells a worker to call a function."""
-    return json.dumps([name, [str(argument) for argument in arguments], options]) + "\n"
-
-
-@pytest.fixture
-def client(tmp_path):
-    """Run a server without tokens and give its client."""
-    with Client(tmp_path) as running:
+@pytest.fixture(scope="module")
+def shared_client(tmp_path_factory):
+    """Run one server without tokens, and one process that calls it, for all tests of a module."""
+    with Client(tmp_path_factory.mktemp("hub")) as running:
         yield running
 
 
-def write_export(directory, files):
-    """Write the files and the `export.json` that describes them."""
-    directory.mkdir(exist_ok=True)
-    for name, content in files.items():
-        (directory / name).parent.mkdir(exist_ok=True)
-        (directory / name).write_bytes(content)
-    entries = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
-    manifest = {"format_version": 1, "source": {}, "files": entries, "rules": [], "libraries": {}}
-    (directory / "export.json").write_text(json.dumps(manifest))
-    return directory
+@pytest.fixture
+def client(shared_client):
+    """Give the server and its caller, without a repository."""
+    yield shared_client
+    shared_client.forget()
 
 
 @pytest.fixture
 def export(tmp_path):
     """Write a small export: weights, a config, a file in a folder and an empty one."""
-    files = {"model.safetensors": WEIGHTS, "config.json": b"{}", "extra/notes.txt": b"n", "empty.txt": b""}
-    return write_export(tmp_path / "export", files)
+    return write_export(tmp_path / "export", FILES)
 
 
 def test_importing_the_client_loads_no_heavy_library(tmp_path):
@@ -144,7 +44,7 @@ def test_importing_the_client_loads_no_heavy_library(tmp_path):
     assert not {"torch", "transformers", "huggingface_hub"} & loaded
 
 
-def test_the_life_of_a_repository(client, export):
+def test_the_life_of_a_repository(client, export, tmp_path):
     """Publish; again, unchanged: v1 and nothing sent; changed: v2 in one commit, with what is stale gone."""
     first = client.publish(export)
     head = client.repo.resolve("main")
@@ -160,15 +60,10 @@ def test_the_life_of_a_repository(client, export):
         "bytes": size + card,
         "created": True,
     }
-    client.requests.clear()
-    assert client.publish(export) == {**first, "created": False}
+    assert client.repo.refs().branches.keys() == {"main"}
     assert client.titles() == ["Publish v1", "initial commit"]
-    tree = f"/api/models/{REPO}/tree/{head}"
-    asked = [("POST", "/api/repos/create", 409), ("GET", f"/api/models/{REPO}/refs", 200), ("GET", tree, 200)]
-    assert client.requests == asked
 
-    (export / "extra/notes.txt").unlink()
-    write_export(export, {"model.safetensors": WEIGHTS, "config.json": b"[]", "empty.txt": b"", "new.txt": b"1"})
+    write_export(export, {"model.safetensors": weights(), "config.json": b"[]", "empty.txt": b"", "new.txt": b"1"})
     client.requests.clear()
     second = client.publish(export)
     assert (second["tag"], second["created"]) == ("v2", True)
@@ -178,20 +73,48 @@ def test_the_life_of_a_repository(client, export):
     assert client.repo.commit("v2").files.keys() == {*here, "README.md", ".gitattributes"}
     assert client.repo.commit("v1").files.keys() >= {"extra/notes.txt"}
 
-    assert client.call("latest_release", REPO) == {**second, "created": False}
-    place = client.call("download", REPO, "v1", directory=str(client.tmp_path / "copy"))
-    assert place == str(client.tmp_path / "copy")
-    assert (client.tmp_path / "copy/model.safetensors").read_bytes() == WEIGHTS
-    assert (client.tmp_path / "copy/config.json").read_bytes() == b"{}"
+    assert client.call("served", REPO) == {**second, "created": False}
+    place = client.call("download", REPO, "v1", directory=str(tmp_path / "copy"))
+    assert place == str(tmp_path / "copy")
+    assert (tmp_path / "copy/model.safetensors").read_bytes() == weights()
+    assert (tmp_path / "copy/config.json").read_bytes() == b"{}"
 
 
-def test_there_is_no_release_before_the_first(client):
-    """A missing repository, and one without a version tag, have no latest release."""
-    assert client.call("latest_release", REPO) is None
+def test_an_unchanged_release_sends_and_reads_nothing(client, tmp_path):
+    """Publishing again asks four times for metadata, and opens export.json and small files only."""
+    export = write_export(tmp_path / "export", sharded_files([1, 2], 300_000))
+    first = client.publish(export)
+    client.requests.clear()
+    client.log.clear()
+    assert client.publish(export) == {**first, "created": False}
+    refs, tree = f"/api/models/{REPO}/refs", f"/api/models/{REPO}/tree/{first['commit']}"
+    assert client.requests == [("GET", refs, 200), ("GET", tree, 200)] * 2
+    assert sum(request.received for request in client.log) == 0
+    opened = {path.rsplit("/", 1)[-1] for path in client.opened if path.startswith(str(export))}
+    assert opened <= {"export.json", "config.json", "model.safetensors.index.json"}
+
+
+def test_a_changed_shard_is_the_only_one_sent(client, tmp_path):
+    """A release in which one shard of four changed sends that one; its bytes are read once, the others' not at all."""
+    files = sharded_files([1, 2, 3, 4], 300_000)
+    client.publish(write_export(tmp_path / "first", files))
+    changed = sharded_files([1, 2, 9, 4], 300_000)
+    client.log.clear()
+    client.publish(write_export(tmp_path / "second", changed))
+    size = len(changed["model-00003-of-00004.safetensors"])
+    assert [request.received for request in client.log if request.method == "PUT"] == [size]
+    assert sum(request.received for request in client.log) < size + 20_000
+    opened = {path.rsplit("/", 1)[-1] for path in client.opened if path.endswith(".safetensors")}
+    assert "model-00003-of-00004.safetensors" in opened
+
+
+def test_nothing_is_served_before_the_first_release(client):
+    """A missing repository, and one whose main holds no export, serve no release, whatever their tags."""
+    assert client.call("served", REPO) is None
     repo = Repos(client.directory).create(REPO, private=False)
-    for tag in ("v0", "v1.0", "v01", "xv3", "v2-rc"):
+    for tag in ("v0", "v1", "xv3"):
         repo.add_ref("tags", tag, "main")
-    assert client.call("latest_release", REPO) is None
+    assert client.call("served", REPO) is None
 
 
 def test_versions_count_by_number(client, export):
@@ -203,42 +126,69 @@ def test_versions_count_by_number(client, export):
 
 
 def test_a_tag_that_is_missing_is_added_to_the_commit_that_is_there(client, export):
-    """After a stop between commit and tag, a rerun verifies that commit and tags it; nothing is committed again."""
+    """After a stop between commit and tag, what is served has no tag; a rerun sets it, and commits nothing again."""
     first = client.publish(export)
     client.repo.remove_ref("tags", "v1")
+    assert client.call("served", REPO)["tag"] is None
     assert client.publish(export) == first
     assert client.titles() == ["Publish v1", "initial commit"]
 
 
-def test_killed_the_moment_its_commit_landed_a_rerun_completes_the_release(client, export):
-    """A publisher that dies with -9 as the Hub answers its commit leaves no tag; the rerun tags that same commit."""
+@pytest.mark.parametrize(
+    ("method", "part", "number"),
+    [
+        ("POST", "/repos/create", 1),
+        ("PUT", "/api/lfs/", 2),
+        ("POST", "/commit/candidate", 1),
+        ("POST", "/commit/main", 1),
+        ("POST", "/tag/", 1),
+        ("DELETE", "/branch/", 1),
+    ],
+)
+def test_killed_at_any_moment_a_rerun_completes_the_release(client, tmp_path, method, part, number):
+    """A publisher that dies with -9 as the Hub answers leaves main whole; the rerun ends in one commit, tagged once."""
+    export = write_export(tmp_path / "export", sharded_files([1, 2], 300_000))
     publisher = client.start_worker()
-    client.on_request = lambda _, path, __: os.kill(publisher.pid, signal.SIGKILL) if "/commit/" in path else None
+    seen = 0
+
+    def kill(asked, path, _):
+        nonlocal seen
+        seen += (asked, part in path) == (method, True)
+        if seen == number and publisher.poll() is None:
+            os.kill(publisher.pid, signal.SIGKILL)
+
+    client.on_request = kill
     publisher.communicate(line_for("publish", export, REPO), timeout=60)
     assert publisher.returncode == -signal.SIGKILL
     client.on_request = lambda *_: None
-    assert client.repo.refs().tags == {}
-    landed = client.repo.resolve("main")
+    assert client.titles() in (["initial commit"], ["Publish v1", "initial commit"])
+    sent = [path for asked, path, status in client.requests if asked == "PUT" and status == 200]
+    client.requests.clear()
     release = client.publish(export)
-    assert (release["tag"], release["commit"], release["created"]) == ("v1", landed, True)
+    again = [path for asked, path, _ in client.requests if asked == "PUT"]
+    assert len({path.split("?")[0] for path in sent + again}) == len(sent + again) == 2
+    assert (release["tag"], release["commit"]) == ("v1", client.repo.resolve("main"))
     assert client.titles() == ["Publish v1", "initial commit"]
+    refs = client.repo.refs()
+    assert (refs.tags, refs.branches) == ({"v1": release["commit"]}, {"main": release["commit"]})
 
 
-def test_an_explicit_tag_is_used_once(client, export):
-    """A tag of one's own is set, found again for the same release, and refused for another, before anything is sent."""
-    assert client.publish(export, tag="2026.1")["tag"] == "2026.1"
-    assert client.publish(export, tag="2026.1")["created"] is False
-    assert client.publish(export)["tag"] == "v1"
-    write_export(
-        export, {"config.json": b"[1]", "model.safetensors": WEIGHTS, "empty.txt": b"", "extra/notes.txt": b""}
-    )
-    with pytest.raises(HubConflictError, match=r"the tag 2026\.1 is on commit"):
-        client.publish(export, tag="2026.1")
-    assert client.titles() == ["Publish 2026.1", "initial commit"]
+def test_killed_after_main_came_back_to_an_old_content_the_new_commit_gets_a_tag(client, export, tmp_path):
+    """When a release with the content of an old one ends before its tag, the rerun sets that on its own commit."""
+    client.publish(export)
+    client.publish(write_export(tmp_path / "other", {**FILES, "config.json": b"[]"}))
+    publisher = client.start_worker()
+    client.on_request = lambda _, path, __: os.kill(publisher.pid, signal.SIGKILL) if "/commit/main" in path else None
+    publisher.communicate(line_for("publish", export, REPO), timeout=60)
+    client.on_request = lambda *_: None
+    release = client.publish(export)
+    assert (release["tag"], client.repo.refs().tags["v3"]) == ("v3", client.repo.resolve("main"))
+    assert client.titles()[:2] == ["Publish v3", "Publish v2"]
 
 
 def test_a_commit_that_came_first_is_a_conflict(client, export):
-    """When somebody commits between reading main and committing, nothing is overwritten and the error says so."""
+    """When somebody commits while an export is sent, nothing is overwritten, and the error says who and what."""
+    said = r"moved main from \w+ to \w+ \('theirs' by local\).*run it again to go on"
 
     def intrude(_, path, __):
         if "/preupload/" in path:
@@ -246,39 +196,32 @@ def test_a_commit_that_came_first_is_a_conflict(client, export):
             client.repo.apply("main", [Put("theirs.txt", entry)], "theirs", "", None)
 
     client.on_request = intrude
-    with pytest.raises(HubConflictError, match=r"HTTP 412.*somebody else changed the repository"):
+    with pytest.raises(HubConflictError, match=said):
         client.publish(export)
-    assert client.titles() == ["theirs", "initial commit"]
+    assert client.titles()[0] == "theirs"
     assert client.repo.refs().tags == {}
+    client.on_request = lambda *_: None
+    assert client.publish(export)["tag"] == "v1"
+    assert client.repo.refs().branches.keys() == {"main"}
 
 
-def test_a_byte_flipped_on_the_hub_is_found_before_a_tag_is_set(client, export):
-    """A published file whose bytes changed on the server stops the next release, again and again, with its name."""
+def test_a_byte_flipped_on_the_hub_is_found_when_it_is_read_back(client, export, tmp_path):
+    """A published file whose bytes changed on the server stops a release that reads back, with its name."""
     client.publish(export)
-    right = hashlib.sha256(WEIGHTS).hexdigest()
+    right = hashlib.sha256(weights()).hexdigest()
     blob = client.repo.object_file(right)
     damaged = bytearray(blob.read_bytes())
     damaged[1000] ^= 1
     blob.write_bytes(damaged)
-    files = {"model.safetensors": WEIGHTS, "config.json": b"[1]", "empty.txt": b"", "extra/notes.txt": b"n"}
-    write_export(export, files)
+    write_export(export, {**FILES, "config.json": b"[1]"})
     found = hashlib.sha256(damaged).hexdigest()
     for _ in range(2):
         with pytest.raises(HubContentError, match=f"model.safetensors at .* sha256 {found}, expected .*{right}"):
-            client.publish(export)
+            client.publish(export, read_back=True)
     assert client.repo.refs().tags.keys() == {"v1"}
-
-
-def test_weights_that_changed_after_the_export_are_not_published(client, export):
-    """Weights whose bytes are not those of `export.json`, at the same size, never reach a commit."""
-    weights = bytes(2 * 2**20)
-    write_export(export, {"model.safetensors": weights})
-    for name in ("config.json", "empty.txt", "extra/notes.txt"):
-        (export / name).unlink()
-    (export / "model.safetensors").write_bytes(b"\1" + weights[1:])
-    with pytest.raises(HubError, match=r"HTTP 422 \(The bytes sent have sha256"):
-        client.publish(export)
-    assert client.titles() == ["initial commit"]
+    assert client.titles() == ["Publish v1", "initial commit"]
+    with pytest.raises(HubContentError, match=r"model\.safetensors of v1 arrived damaged"):
+        client.call("download", REPO, "v1", directory=str(tmp_path / "copy"))
 
 
 def test_a_missing_or_wrong_token_is_named(tmp_path, export):
@@ -293,13 +236,13 @@ def test_a_missing_or_wrong_token_is_named(tmp_path, export):
         assert client.call_alone({"HF_TOKEN": "hf_right"}, "publish", export, REPO, private=True)["tag"] == "v1"
         assert client.repo.settings["private"]
         (export / "empty.txt").unlink()
-        write_export(export, {"config.json": b"[]", "model.safetensors": WEIGHTS, "extra/notes.txt": b""})
+        write_export(export, {"config.json": b"[]", "model.safetensors": weights(), "extra/notes.txt": b""})
         with pytest.raises(HubAuthError, match=r"HTTP 403.*lacks write permission"):
             client.publish(export, token="hf_reader")
-        assert client.call("latest_release", REPO) is None
-        assert client.call("latest_release", REPO, token="hf_reader")["tag"] == "v1"
+        assert client.call("served", REPO) is None
+        assert client.call("served", REPO, token="hf_reader")["tag"] == "v1"
         with pytest.raises(HubAuthError, match="HTTP 401"):
-            client.call("latest_release", REPO, token="hf_wrong")
+            client.call("served", REPO, token="hf_wrong")
         assert client.titles() == ["Publish v1", "initial commit"]
 
 
@@ -324,20 +267,10 @@ def test_another_machine_needs_a_token(client, export):
         client.publish(export, endpoint="https://hub.example.org")
 
 
-def test_xet_is_refused_for_a_server_on_this_machine(client, export):
-    """With Xet on, a loopback server is refused with what to set, as it takes LFS uploads alone."""
-    with pytest.raises(HubError, match="HF_HUB_DISABLE_XET=1 before Python starts"):
-        client.call_alone({"HF_HUB_DISABLE_XET": "0"}, "publish", export, REPO)
-    assert client.requests == []
-
-
-def test_only_a_server_on_this_machine_switches_xet_off():
-    """A child's environment names the endpoint, and turns Xet off for loopback alone."""
-    local = "http://127.0.0.1:8000"
-    assert child_environment(local + "/") == {"HF_ENDPOINT": local, "HF_HUB_DISABLE_XET": "1"}
-    assert child_environment("http://[::1]:1") == {"HF_ENDPOINT": "http://[::1]:1", "HF_HUB_DISABLE_XET": "1"}
-    for remote in ("https://huggingface.co", "http://127.0.0.1.example.org"):
-        assert child_environment(remote) == {"HF_ENDPOINT": remote}
+def test_a_child_is_told_of_its_hub():
+    """A child's environment names the endpoint, without a slash at its end; what is no address is refused."""
+    assert child_environment("http://127.0.0.1:8000/") == {"HF_ENDPOINT": "http://127.0.0.1:8000"}
+    assert child_environment("https://huggingface.co") == {"HF_ENDPOINT": "https://huggingface.co"}
     for wrong in ("huggingface.co", "ftp://x", "http://", "http://user:pass@host", "http://h?x=1", "http://h:99999"):
         with pytest.raises(ArgumentError):
             child_environment(wrong)
@@ -350,13 +283,13 @@ def test_a_hub_that_does_not_answer_is_not_waited_for(tmp_path):
         from huggingface_hub import HfApi
         from huggingface_hub.utils import httpx
         from ckpt_core.errors import HubError
-        from ckpt_core.hub import connection, latest_release
+        from ckpt_core.hub import connection, retries, served
         with socket.create_server(("127.0.0.1", 0)) as listener:
             endpoint = f"http://127.0.0.1:{listener.getsockname()[1]}"
-            connection.IDLE_SECONDS = 0.3
+            connection.IDLE_SECONDS, retries.FIRST_WAIT_S = 0.3, 0.01
             start, seen = time.monotonic(), []
             try:
-                latest_release("team/model", endpoint=endpoint)
+                served("team/model", endpoint=endpoint)
             except HubError as error:
                 seen.append(str(error))
             try:
@@ -484,7 +417,7 @@ def test_a_damaged_export_is_refused(export, how, message):
     """An export that is not what its `export.json` says is a DamagedError that names the file."""
     damage(export, how)
     with pytest.raises(DamagedError, match=message):
-        read_contents(export, None, "")
+        read_contents(export, "")
 
 
 def test_a_damaged_export_reaches_no_server(client, export):
@@ -496,15 +429,47 @@ def test_a_damaged_export_reaches_no_server(client, export):
 
 
 def test_an_export_brings_one_card(tmp_path, export):
-    """A card comes from the export, from the caller, or by default; two of them are refused."""
-    assert read_contents(export, None, "default")["README.md"].source == b"default"
-    assert read_contents(export, "mine", "default")["README.md"].source == b"mine"
+    """A card comes from the export, from the caller, or is made of export.json; two of them are refused."""
+
+    def default(record):
+        return f"default of {record['source']['digest']}"
+
+    assert read_contents(export, default)["README.md"].source == b"default of sha256:1"
+    assert read_contents(export, "mine")["README.md"].source == b"mine"
     own = write_export(tmp_path / "own", {"README.md": b"own"})
-    assert read_contents(own, None, "default")["README.md"].sha256 == hashlib.sha256(b"own").hexdigest()
+    assert read_contents(own, default)["README.md"].sha256 == hashlib.sha256(b"own").hexdigest()
     with pytest.raises(ArgumentError, match=r"README.md of its own"):
-        read_contents(own, "mine", "default")
+        read_contents(own, "mine")
     with pytest.raises(ArgumentError, match="not a directory"):
-        read_contents(tmp_path / "none", None, "")
+        read_contents(tmp_path / "none", default)
+
+
+def test_the_default_card_says_what_was_not_evaluated(client, export):
+    """A release without a card of its own gets one that says it was not evaluated, and names the checkpoint."""
+    client.publish(export)
+    text = client.repo.content(client.repo.entry("v1", "README.md")[1]).decode()
+    assert "not evaluated" in text.lower()
+    assert "sha256:1" in text
+
+
+def test_pictures_lie_beside_the_card(tmp_path, export):
+    """They are files of the release; a name that is taken, hidden or a path is refused."""
+    contents = read_contents(export, "card", {"loss.png": b"png"})
+    assert contents["loss.png"].sha256 == hashlib.sha256(b"png").hexdigest()
+    for name in ("config.json", "README.md", "a/b.png", ".gitattributes", ""):
+        with pytest.raises(ArgumentError, match="a picture cannot be named"):
+            read_contents(export, "card", {name: b""})
+
+
+def test_weights_that_are_no_safetensors_are_not_sent(client, tmp_path):
+    """An export whose weights and digests agree but which no library could load ends before anything is sent."""
+    files = sharded_files([1, 2], 1000)
+    del files["model-00002-of-00002.safetensors"]
+    with pytest.raises(DamagedError):
+        client.publish(write_export(tmp_path / "export", files))
+    with pytest.raises(DamagedError, match="not a sound safetensors file"):
+        client.publish(write_export(tmp_path / "export", {"model.safetensors": b"0" * 100}))
+    assert not [path for method, path, _ in client.requests if method == "PUT" or "/preupload/" in path]
 
 
 def test_wrong_names_are_refused(client, export):
@@ -512,9 +477,10 @@ def test_wrong_names_are_refused(client, export):
     for name, options in (
         ("model", {}),
         ("a/b/c", {}),
-        ("../x", {}),
+        ("a/..", {}),
         (REPO, {"tag": "a b"}),
         (REPO, {"tag": "x.lock"}),
+        (REPO, {"tag": "0" * 40}),
     ):
         with pytest.raises(ArgumentError):
             client.call("publish", export, name, **options)

@@ -1,0 +1,246 @@
+"""A directory or bucket as a target: the same versions and pointer as on the Hub, in plain files.
+
+    trees/<name>/<files>     a tree, named by its content; trees/<name>.json, written last, lists its digests
+    candidates/<name>        a publication of that tree is under way
+    commits/<10 digits>.json each commit of `main`: tree, parent, message; the highest number is what is served
+    versions/<tag>.json      the commit that a tag is on
+    main                     in a directory: a link to the tree that is served
+
+Commits and versions are written only where there is none, which is what makes a release happen once. A file that the
+tree before has too is copied by the store, or linked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Generator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any, cast
+
+from ckpt_core.errors import (
+    ArgumentError,
+    CkptError,
+    CommitError,
+    HubAuthError,
+    HubConflictError,
+    HubContentError,
+    HubError,
+)
+from ckpt_core.hub.bucket_files import Files, LocalFiles, RemoteFiles
+from ckpt_core.hub.contents import Content
+from ckpt_core.hub.target import Entry, Progress, State, Tree
+from ckpt_core.urls import place_of
+
+_COMMIT = re.compile(r"[0-9]{10}")
+_NAME = re.compile(r"[0-9a-f]{16}")
+_SUFFIX = ".json"
+_FORMAT_VERSION = 1
+_THREADS = 8
+
+
+def open_bucket(where: str, *, private: bool = False) -> BucketTarget:
+    """Return the target at a path or URL; raises ArgumentError where none can be, or where it is to be private."""
+    if private:
+        raise ArgumentError(f"{where}: who may read a directory or bucket is set where it is kept, not by --private")
+    place = place_of(where)
+    if isinstance(place, Path):
+        return BucketTarget(str(place), LocalFiles(place))
+    return BucketTarget(place.as_uri(), RemoteFiles(place))
+
+
+class BucketTarget:
+    """Trees, commits and versions below one root."""
+
+    def __init__(self, where: str, files: Files) -> None:
+        self._files = files
+        self.where = where
+        self.repo_id = where
+        self.endpoint: str | None = None
+
+    def url(self, tag: str | None, commit: str) -> str:  # noqa: ARG002  a tree is what can be loaded
+        """Return where the files of a commit are."""
+        return f"{self.where}/{self._place(commit)}"
+
+    def prepare(self) -> State:
+        """Read it; a directory is made with its first file."""
+        return self.read()
+
+    def read(self) -> State:
+        """Return the newest commit, the versions, and the candidates."""
+        with self._plainly():
+            head = self._head()
+            versions = [name for name in self._files.names("versions") if name.endswith(_SUFFIX)]
+            with ThreadPoolExecutor(_THREADS) as pool:
+                at = pool.map(self._record, [f"versions/{name}" for name in versions])
+                tags = {
+                    name.removesuffix(_SUFFIX): str(each["commit"]) for name, each in zip(versions, at, strict=True)
+                }
+            candidates = [name for name in self._files.names("candidates") if _NAME.fullmatch(name)]
+            return State(head, tags, {name: name for name in candidates})
+
+    def tree(self, commit: str) -> Tree:
+        """Return the digests of a commit's files as they were when they were written, and the sizes they have."""
+        with self._plainly():
+            place = self._place(commit)
+            listed, sizes = self._listed(place), self._files.sizes(place)
+            digests = {path: entry.sha256 for path, entry in listed.items()}
+            return {path: Entry(size, sha256=digests.get(path)) for path, size in sizes.items()}
+
+    def stage(self, name: str, contents: Mapping[str, Content], head: str | None, progress: Progress | None) -> str:
+        """Write the files that a tree lacks, then the list of them."""
+        with self._plainly():
+            self._files.create(f"candidates/{name}", b"")
+            place = f"trees/{name}"
+            known, present = self._known(head), self._files.sizes(place)
+            missing = [path for path in sorted(contents) if present.get(path) != contents[path].size]
+            total, done = sum(contents[path].size for path in missing), 0
+            for path in missing:
+                self._write(contents[path], f"{place}/{path}", known, name)
+                done += contents[path].size
+                if progress is not None:
+                    progress(done, total)
+            entries = {path: {"bytes": each.size, "sha256": each.sha256} for path, each in sorted(contents.items())}
+            self._create(f"{place}{_SUFFIX}", {"files": entries})
+            return name
+
+    def promote(self, commit: str, parent: str | None, message: str) -> str:
+        """Write the commit that follows `parent`, where there is none."""
+        with self._plainly():
+            tree = self._tree_name(commit)
+            number = f"{int(parent or 0) + 1:010d}"
+            record = {"tree": tree, "parent": parent, "message": message}
+            if not self._create(f"commits/{number}{_SUFFIX}", record):
+                head = self.read().head or number
+                other = self._record(f"commits/{head}{_SUFFIX}")
+                if other["tree"] != tree:
+                    raise HubConflictError(
+                        f"{self.where}: somebody else moved main from {parent} to {head} ({other['message']!r});"
+                        " nothing was overwritten. Look at that commit, then run it again to go on from there"
+                    )
+                number = head
+            self._serve()
+            return number
+
+    def tag(self, name: str, commit: str) -> None:
+        """Write a version, where there is none."""
+        with self._plainly():
+            if not self._create(f"versions/{name}{_SUFFIX}", {"commit": commit}):
+                raise HubConflictError(
+                    f"{self.where}: somebody else set the tag {name}, while this release was made; main is at {commit}."
+                    " Run it again without a tag, for the next version"
+                )
+
+    def discard(self, name: str) -> None:
+        """End a publication; its tree goes where no commit holds it."""
+        with self._plainly():
+            self._files.forget(name)
+            commits = self._files.names("commits")
+            if not any(self._record(f"commits/{commit}")["tree"] == name for commit in commits):
+                self._files.delete(f"trees/{name}{_SUFFIX}")
+                self._files.delete(f"trees/{name}")
+            self._serve()
+            self._files.delete(f"candidates/{name}")
+
+    def digest(self, commit: str, path: str) -> tuple[int, str]:
+        """Read a file to its end."""
+        size, digest = 0, hashlib.sha256()
+        with self._plainly():
+            for block in self._files.blocks(f"{self._place(commit)}/{path}"):
+                size += len(block)
+                digest.update(block)
+        return size, digest.hexdigest()
+
+    def download(self, commit: str, directory: Path) -> None:
+        """Copy the files of a commit, block by block."""
+        for path in self.tree(commit):
+            target = directory / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with self._plainly(), target.open("wb") as file:
+                for block in self._files.blocks(f"{self._place(commit)}/{path}"):
+                    file.write(block)
+
+    def _write(self, content: Content, path: str, known: Mapping[str, str], scratch: str) -> None:
+        """Give a tree a file: a copy of one that is here with the same content, or what the export has."""
+        source = known.get(content.sha256)
+        if source is None:
+            self._files.send(content, path, scratch)
+        else:
+            self._files.delete(path)  # one of another size was not written by this library
+            self._files.copy(source, path)
+
+    def _known(self, head: str | None) -> dict[str, str]:
+        """Return where the files of a commit are, by their digest; those that have another size by now are left out."""
+        if head is None:
+            return {}
+        place, tree = self._place(head), self.tree(head)
+        sound = (path for path, entry in self._listed(place).items() if tree.get(path) == entry)
+        return {str(tree[path].sha256): f"{place}/{path}" for path in sound}
+
+    def _serve(self) -> None:
+        """Show the newest commit's tree under the name `main`, also where another was made meanwhile."""
+        shown = None
+        while (head := self._head()) is not None and head != shown:
+            self._files.serve(self._place(head))
+            shown = head
+
+    def _head(self) -> str | None:
+        commits = (name.removesuffix(_SUFFIX) for name in self._files.names("commits"))
+        return max(filter(_COMMIT.fullmatch, commits), default=None)
+
+    def _place(self, commit: str) -> str:
+        return f"trees/{self._tree_name(commit)}"
+
+    def _tree_name(self, commit: str) -> str:
+        """Return the tree of a commit; a candidate's commit is its tree."""
+        name = str(self._record(f"commits/{commit}{_SUFFIX}")["tree"]) if _COMMIT.fullmatch(commit) else commit
+        if not _NAME.fullmatch(name):
+            raise HubError(f"{self.where}: {commit!r} is neither a commit nor a tag here")
+        return name
+
+    def _listed(self, place: str) -> dict[str, Entry]:
+        """Return the files of a tree as they were when they were written."""
+        where = f"{place}{_SUFFIX}"
+        files = cast("Mapping[str, Mapping[str, Any]]", self._record(where)["files"])
+        if wrong := [path for path in files if ".." in PurePosixPath(path).parts or PurePosixPath(path).is_absolute()]:
+            raise HubContentError(f"{self.where}/{where}: {wrong[0]!r} is not a path in a tree; publish again")
+        return {path: Entry(int(entry["bytes"]), sha256=str(entry["sha256"])) for path, entry in files.items()}
+
+    def _create(self, path: str, record: Mapping[str, object]) -> bool:
+        data = json.dumps({"format_version": _FORMAT_VERSION, **record}, indent=1).encode() + b"\n"
+        return self._files.create(path, data)
+
+    def _record(self, path: str) -> Mapping[str, Any]:
+        try:
+            record: Any = json.loads(self._files.read(path))
+            version = record["format_version"]
+        except (ValueError, LookupError, TypeError) as problem:
+            raise HubContentError(f"{self.where}/{path} is damaged ({problem}); restore a copy of it") from None
+        if version != _FORMAT_VERSION:
+            raise HubError(
+                f"{self.where}/{path}: format_version is {version}, expected {_FORMAT_VERSION}; use a newer ckptflow"
+            )
+        return record
+
+    @contextmanager
+    def _plainly(self) -> Generator[None]:
+        """Make a HubError of what a file system or a store raises."""
+        try:
+            yield
+        except CommitError as problem:
+            raise HubError(f"{self.where}: {problem}") from None
+        except CkptError:
+            raise
+        except FileNotFoundError as problem:
+            raise HubContentError(f"{self.where}: {problem.filename or problem} is missing; publish again") from problem
+        except PermissionError as problem:
+            raise HubAuthError(
+                f"{self.where}: no permission ({problem}); use credentials that may write there"
+            ) from problem
+        except OSError as problem:
+            raise HubError(
+                f"{self.where}: {problem}; run it again: what arrived is found and not sent twice"
+            ) from problem
