@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,10 +16,11 @@ from pydantic import Field
 from ckpt_core import PyTorchCheckpoint, open_checkpoint, open_store
 from ckpt_core.errors import CheckpointError
 from ckpt_core.retention import Retention
-from ckpt_core.store import CHAMPION, local_path, step_name
+from ckpt_core.store import local_path, step_name
 from flows.convert import default_target
-from flows.summary import Summary, card
-from tasks import artifacts, record
+from flows.summary import Summary
+from flows.verdict import Origin, publish_or_keep
+from tasks import artifacts, provenance, record, releases
 from tasks.config import (
     ComputeSettings,
     DataSettings,
@@ -32,7 +34,7 @@ from tasks.config import (
     default_steps,
 )
 from tasks.conversion import convert_checkpoint
-from tasks.publication import check_hub, compare, hub_endpoint, local_hub, publish
+from tasks.publication import check_hub, compare, destination
 from tasks.training import prepare_data, train
 from tasks.validation import check_export, validate
 
@@ -50,6 +52,7 @@ def retrain(
     hub: HubSettings = HubSettings(),
     seed: Annotated[int, Field(ge=0)] = 0,
     keep_checkpoints: Annotated[int, Field(ge=1)] = 4,
+    keep_releases: Annotated[int, Field(ge=1)] = 2,
 ) -> dict[str, Any]:
     """Train a model from its champion's weights on, and publish it if it is sound and better than what is published.
 
@@ -67,6 +70,8 @@ def retrain(
         hub: where the release goes.
         seed: of initial weights and the order of the data.
         keep_checkpoints: how many of the run's newest checkpoints stay when the retrain has ended.
+        keep_releases: of how many of the newest releases the checkpoints stay too, to roll back to; the champion's
+            always does.
     """
     store = local_path(store).as_uri()
     check_hub(hub)
@@ -84,29 +89,27 @@ def retrain(
         validated = validate(str(checkpoint.url), run, prepared["heldout_tokens"], validation)
         exported = _export(checkpoint, run, export, validation, model)
         checked = check_export(str(checkpoint.url), run, exported["path"])
-        with hub_endpoint(store, hub) as endpoint:
+        with destination(store, hub) as at:
             untrained = {"model": model.model_dump(), "tokenizer": prepared["tokenizer"], "seed": seed}
-            compared = compare(endpoint, hub, exported["path"], prepared["heldout_tokens"], untrained)
-            compared["unigram"] = prepared["unigram_loss"]
-            release = None
-            if compared["better"]:
-                release = publish(endpoint, hub, exported["path"], card(checkpoint, compared, prepared))
-        hub_directory = None if hub.endpoint else local_hub(store)
-        artifacts.release_card(run, compared, release, hub_directory)
+            compared = compare(
+                at, hub, exported["path"], prepared["heldout_tokens"], untrained, model.trust_remote_code
+            )
+            origin = Origin(store, open_checkpoint(str(checkpoint.url)))
+            verdict = publish_or_keep(at, hub, exported["path"], origin, compared, prepared["heldout"]["source"])
+        artifacts.release_card(run, at, asdict(verdict), compared)
         checks = [*validated["checks"], *checked]
-        summary = Summary.of(checkpoints, checks, exported, compared, release, hub_directory)
+        summary = Summary.of(checkpoints, checks, exported, compared, verdict, prepared["unigram_loss"], at)
         record.conclude(store, run, begun, summary.outcome())
-        _tidy(store, run, checkpoint if release else None, keep_checkpoints)
+        _tidy(store, run, keep_checkpoints, keep_releases)
     return summary.to_dict()
 
 
-def _tidy(store: str, run: str, released: PyTorchCheckpoint | None, keep: int) -> None:
-    """Pin what was released as the champion, and delete what is to stay no longer; neither fails a retrain."""
-    opened, logger = open_store(store), get_run_logger()
+def _tidy(store: str, run: str, keep_checkpoints: int, keep_releases: int) -> None:
+    """Delete what is to stay no longer; that fails no retrain."""
+    logger = get_run_logger()
     try:
-        if released is not None and released.step is not None:
-            opened.pin(run, CHAMPION, released.step)
-        errors = opened.prune(run, Retention(keep_last=keep)).errors
+        releases.let_go(store, run, keep_releases)
+        errors = open_store(store).prune(run, Retention(keep_last=keep_checkpoints)).errors
     except (CheckpointError, OSError) as error:
         errors = (str(error),)
     for error in errors:
@@ -176,6 +179,9 @@ def _jobs(
                 "plan": begun.plan,
                 "training_step": step.name,
                 "data": text["fingerprint"],
+                "data_source": text["train"]["source"],
+                "code_revision": provenance.code_revision(),
+                "libraries": provenance.libraries(),
                 "flow_run": str(flow_run.id),
             },
         )

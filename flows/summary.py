@@ -1,4 +1,4 @@
-"""What a retrain tells people: a short summary, and the facts for the model's card."""
+"""What a retrain tells people: a short summary."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any
 
 from ckpt_core import PyTorchCheckpoint, open_checkpoint
 from ckpt_core.store import local_path
+from flows.verdict import Verdict
+from tasks.publication import Destination
 
 LOCAL_PORT = 8765
 
@@ -29,9 +31,15 @@ class Summary:
     untrained_loss: float
     unigram_loss: float
     champion: dict[str, Any] | None
+    """What was served before: its `tag`, `commit` and `loss`."""
+
     checks: list[dict[str, Any]]
     export: str
+    decision: dict[str, Any]
     release: dict[str, Any] | None
+    candidate: dict[str, Any] | None
+    """What was uploaded and is not served."""
+
     hub_directory: str | None
     """Where a local Hub keeps its repositories; None for a remote one."""
 
@@ -42,8 +50,9 @@ class Summary:
         checks: Sequence[Mapping[str, Any]],
         export: Mapping[str, Any],
         compared: Mapping[str, Any],
-        release: Mapping[str, Any] | None,
-        hub_directory: str | None,
+        verdict: Verdict,
+        unigram_loss: float,
+        at: Destination,
     ) -> Summary:
         """Gather it from what the tasks returned; `checkpoints` are those of the training steps, in order."""
         first, checkpoint = checkpoints[0], checkpoints[-1]
@@ -52,14 +61,16 @@ class Summary:
             checkpoint=str(checkpoint.url),
             step=checkpoint.step or 0,
             initial_loss=metrics.get("initial_heldout_loss"),
-            loss=compared["challenger"],
-            untrained_loss=compared["untrained"],
-            unigram_loss=compared["unigram"],
-            champion=compared["champion"],
+            loss=compared["challenger"]["heldout_loss"],
+            untrained_loss=compared["untrained"]["heldout_loss"],
+            unigram_loss=unigram_loss,
+            champion=_champion(compared["champion"]),
             checks=[dict(check) for check in checks],
             export=export["path"],
-            release=dict(release) if release else None,
-            hub_directory=hub_directory,
+            decision=verdict.decision or {},
+            release=verdict.release,
+            candidate=verdict.candidate,
+            hub_directory=at.hub_directory,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -68,9 +79,16 @@ class Summary:
 
     def outcome(self) -> dict[str, Any]:
         """Return what the run's record keeps."""
-        decision = "published" if self.release else "kept"
-        version = self.release["tag"] if self.release else (self.champion or {}).get("tag")
-        return {"decision": decision, "version": version, "step": self.step, "loss": self.loss, "export": self.export}
+        served = self.release or self.champion or {}
+        return {
+            "decision": "published" if self.release else "kept",
+            "version": served.get("tag"),
+            "step": self.step,
+            "loss": self.loss,
+            "export": self.export,
+            "why": self.decision,
+            "candidate": self.candidate,
+        }
 
     def text(self, here: Path) -> str:
         """Return it for a person who stands in the directory `here`."""
@@ -91,9 +109,11 @@ class Summary:
     def _decision(self) -> list[str]:
         if self.release is None:
             champion = self.champion or {}
-            return [
-                f"kept {champion.get('tag')}  its loss is {champion.get('loss', 0):.3f}, the new model is not better"
-            ]
+            kept = champion.get("tag") or str(champion.get("commit", "nothing"))[:12]
+            lines = [f"kept {kept}  {self.decision['reason']}"]
+            if self.candidate is not None:
+                lines.append(f"candidate   {self.candidate['name']}, uploaded and not served")
+            return lines
         state = "published" if self.release["created"] else "published before, unchanged:"
         return [
             f"release     {state} {self.release['repo_id']} {self.release['tag']}, commit {self.release['commit'][:12]}"
@@ -124,29 +144,12 @@ class Summary:
         ]
 
 
-def card(checkpoint: PyTorchCheckpoint, compared: Mapping[str, Any], prepared: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `ckpt_core.hub.render_card`, but for those that the Hub's settings give."""
-    manifest = open_checkpoint(str(checkpoint.url)).manifest
-    lineage, hardware = manifest.lineage, manifest.lineage.get("hardware", {})
-    parent = lineage.get("parent") or {}
-    source = prepared["train"]["source"]
-    return {
-        "title": f"Run {manifest.run}, step {manifest.step}",
-        "summary": f"A causal language model, trained on {source}. Published after its checkpoint was verified, its "
-        "export compared with it bit for bit, and its loss with that of the release before.",
-        "metrics": {
-            "held-out loss (nats a token)": compared["challenger"],
-            "unigram baseline (nats a token)": compared["unigram"],
-            "untrained (nats a token)": compared["untrained"],
-        },
-        "lineage": {
-            "checkpoint": manifest.digest(),
-            "parent": f"step {parent['step']}" if parent else "none",
-            "training data": f"sha256:{lineage.get('data', '?')}",
-            "training step": lineage.get("training_step", "?"),
-        },
-        "hardware": {name: hardware[name] for name in sorted(hardware)},
-    }
+def _champion(compared: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return what a summary says of what was served before."""
+    if compared is None:
+        return None
+    release = compared["release"]
+    return {"tag": release["tag"], "commit": release["commit"], "loss": compared["figures"]["heldout_loss"]}
 
 
 def _typed(path: Path, here: Path) -> str:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import base64
-import io
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from ckpt_core import open_checkpoint
+from ckpt_core.evaluation import METRICS
+from ckpt_core.hub import picture
+
+if TYPE_CHECKING:
+    from tasks.publication import Destination
 
 
 def checkpoint_card(url: str) -> None:
@@ -56,48 +60,46 @@ def export_card(run: str, export: Mapping[str, Any]) -> None:
     create_markdown_artifact(text, key=_key("export", run), description=f"{len(export['files'])} files")
 
 
-def release_card(
-    run: str, comparison: Mapping[str, Any], release: Mapping[str, Any] | None, hub_directory: str | None
-) -> None:
-    """Show what was decided about the release, and why; `hub_directory` is that of a local Hub, if it is one."""
-    champion = comparison["champion"]
-    losses = {
-        "New model": _loss(comparison["challenger"]),
-        "Release before": f"{_loss(champion['loss'])} ({champion['tag']})" if champion else "none",
-        "Untrained": _loss(comparison["untrained"]),
-        "Unigram baseline": _loss(comparison["unigram"]),
-    }
-    if release is None:
-        decision = f"kept {champion['tag']}"
-        text = f"## Kept {champion['tag']}: the new model is not better\n\n"
+def release_card(run: str, at: Destination, verdict: Mapping[str, Any], compared: Mapping[str, Any] | None) -> None:
+    """Show what became of an export, why, and how good it is beside what was served.
+
+    Args:
+        run: names the artifact.
+        at: where the release went, or would have.
+        verdict: `decision`, `release` and `candidate`, as `flows.verdict.Verdict` has them.
+        compared: what `tasks.publication.compare` returned; None without an evaluation.
+    """
+    release, candidate, decision = verdict["release"], verdict["candidate"], verdict["decision"]
+    if release is not None:
+        title = f"Published {release['tag']}"
+        rows = {**_where(at), "Commit": f"`{release['commit']}`", "Files": release["files"]}
     else:
-        decision = f"published {release['tag']}"
-        # A local Hub's address was good for the time of the run only.
-        where = release["url"] if hub_directory is None else f"`ckpt hub serve {shlex.quote(hub_directory)}`"
-        rows = {"Repository": release["repo_id"], "Commit": f"`{release['commit']}`", "Where": where}
-        text = f"## Published {release['tag']}\n\n{_table(rows)}\n\n"
-    text += f"Held-out loss, nats a token:\n\n{_table(losses)}\n"
-    create_markdown_artifact(text, key=_key("release", run), description=decision)
+        title, rows = f"Kept {_served(compared)}", _where(at)
+    if candidate is not None:
+        rows["Candidate"] = f"`{candidate['name']}`, uploaded and not served"
+    if decision and "approval" in decision:
+        approval = decision["approval"]
+        rows["Asked"] = f"{'approved' if approval['approved'] else 'not approved'}: {_line(approval['comment'])}"
+    parts = [f"## {title}", _table(rows), decision["reason"] if decision else "Not evaluated.", _figures(compared)]
+    create_markdown_artifact("\n\n".join(filter(None, parts)) + "\n", key=_key("release", run), description=title)
+
+
+def rollback_card(run: str, at: Destination, release: Mapping[str, Any], step: int | None) -> None:
+    """Show what is served after a roll back, and which step the run's next retrain starts from."""
+    rows = {
+        **_where(at),
+        "Commit": f"`{release['commit']}`",
+        "Champion": "none" if step is None else f"step {step}",
+    }
+    title = f"Rolled back to {release['tag']}"
+    create_markdown_artifact(f"## {title}\n\n{_table(rows)}\n", key=_key("release", run), description=title)
 
 
 def loss_curve(train: Sequence[Sequence[float]], heldout: Sequence[Sequence[float]]) -> str:
     """Return a picture of the curves, each of [step, loss] pairs, as Markdown that needs no other file."""
     if not train:
         return ""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 3), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(*zip(*train, strict=True), label="train", color="#4c78a8", linewidth=1.2)
-    if heldout:
-        axes.plot(*zip(*heldout, strict=True), label="held-out", color="#e45756", marker="o", markersize=4)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss, nats a token")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="svg")
-    data = base64.b64encode(picture.getvalue()).decode()
+    data = base64.b64encode(picture.loss_curve(train, heldout, "svg")).decode()
     return f"![loss curve](data:image/svg+xml;base64,{data})"
 
 
@@ -105,6 +107,40 @@ def _table(rows: Mapping[str, object]) -> str:
     """Return a Markdown table of two columns; a bar in a value, as a path may hold one, stays in its cell."""
     lines = [f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in rows.items()]
     return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def _where(at: Destination) -> dict[str, object]:
+    """Return the rows that say where releases are: the address of a store's own Hub was good for the run only."""
+    if at.hub_directory is None:
+        return {"Where": at.address}
+    return {"Repository": at.where, "Where": f"`ckpt hub serve {shlex.quote(at.hub_directory)}`"}
+
+
+def _served(compared: Mapping[str, Any] | None) -> str:
+    champion = compared["champion"] if compared else None
+    return (champion["release"]["tag"] or champion["release"]["commit"][:12]) if champion else "nothing"
+
+
+def _figures(compared: Mapping[str, Any] | None) -> str:
+    """Return the figures of all models that were measured, a column for each."""
+    if compared is None:
+        return ""
+    columns = {"New model": compared["challenger"]}
+    if compared["champion"]:
+        columns[f"Served before ({_served(compared)})"] = compared["champion"]["figures"]
+    if compared["untrained"]:
+        columns["Untrained"] = compared["untrained"]
+    head = [f"| | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
+    rows = [
+        f"| {METRICS[name].label} | {' | '.join(_loss(figures.get(name)) for figures in columns.values())} |"
+        for name in compared["challenger"]
+    ]
+    return "\n".join([*head, *rows])
+
+
+def _line(text: str) -> str:
+    """Return what a person wrote as one line."""
+    return " ".join(text.split()) or "no comment"
 
 
 def _loss(value: float | None) -> str:

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from ckpt_core.errors import ArgumentError
+from tasks import release_jobs
 from tasks.child import child_main
-from tasks.config import ModelSettings
 from tasks.conversion_jobs import check_export, convert, finish_conversion
 
 Request = dict[str, Any]
@@ -40,51 +38,8 @@ def validate(request: Request) -> dict[str, Any]:
     return {"checks": checks, "heldout_loss": loss}
 
 
-def compare(request: Request) -> dict[str, Any]:
-    """Evaluate an export, the release that the Hub serves and an untrained model on the same held-out text.
-
-    Args:
-        request: `export`, `heldout`, `repo_id`, `endpoint`, `model` (settings), `tokenizer`, `seed`.
-
-    Returns:
-        `challenger` and `untrained`: loss in nats a token; `champion`: null, or its `tag`, `loss`, and whether it is
-        the `same` as the export; `better`: whether the export should become the release.
-    """
-    from ckpt_core.hub import download, latest_release
-
-    repo = {"endpoint": request["endpoint"]}
-    challenger = _loss(_exported(Path(request["export"])), request["heldout"])
-    release, champion = latest_release(request["repo_id"], **repo), None
-    if release is not None:
-        with tempfile.TemporaryDirectory() as directory:
-            path = download(request["repo_id"], release.tag, directory=directory, **repo)
-            same = (path / "export.json").read_bytes() == (Path(request["export"]) / "export.json").read_bytes()
-            champion = {"tag": release.tag, "loss": _loss(_exported(path), request["heldout"]), "same": same}
-    better = champion is None or champion["same"] or challenger < champion["loss"]
-    untrained = _loss(_untrained(request), request["heldout"])
-    return {"challenger": challenger, "champion": champion, "untrained": untrained, "better": better}
-
-
-def publish(request: Request) -> dict[str, Any]:
-    """Publish an export with a model card, in one commit, read back and tagged.
-
-    Args:
-        request: `export`, `repo_id`, `endpoint`, `private`, and `card`: arguments of `ckpt_core.hub.render_card`.
-
-    Returns:
-        The fields of `ckpt_core.hub.Release`.
-    """
-    from ckpt_core import hub
-
-    card = hub.render_card(repo_id=request["repo_id"], **request["card"])
-    release = hub.publish(
-        request["export"], request["repo_id"], private=request["private"], endpoint=request["endpoint"], card=card
-    )
-    return asdict(release)
-
-
 JOBS: dict[str, Callable[[Request], dict[str, Any]]] = {
-    job.__name__: job for job in (validate, convert, finish_conversion, check_export, compare, publish)
+    job.__name__: job for job in (validate, convert, finish_conversion, check_export, *release_jobs.JOBS)
 }
 
 
@@ -116,21 +71,6 @@ def _restored(url: str) -> Any:
     from tasks.gate import restore_model
 
     return restore_model(url)
-
-
-def _exported(path: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(path)
-
-
-def _untrained(request: Request) -> Any:
-    from transformers import AutoTokenizer
-
-    from tasks.worker.model import build_model
-
-    tokenizer = AutoTokenizer.from_pretrained(request["tokenizer"])
-    return build_model(ModelSettings.model_validate(request["model"]), tokenizer, seed=request["seed"])
 
 
 def _main() -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 from prefect.logging import get_run_logger
 
 from tasks.child import run_json
+from tasks.process import ChildFailedError
 
 _QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}
 
@@ -19,14 +20,33 @@ def log_line() -> Callable[[str], None]:
     return get_run_logger().info
 
 
-def run_job(name: str, request: Mapping[str, Any], *, env: Mapping[str, str] | None = None) -> dict[str, Any]:
+def run_job(
+    name: str, request: Mapping[str, Any], *, env: Mapping[str, str] | None = None, token: str | None = None
+) -> dict[str, Any]:
     """Run a job of `tasks.jobs` in a child process and return its result.
+
+    Args:
+        name: the job's.
+        request: its request, of JSON types.
+        env: what to add to the child's environment.
+        token: the Hub's, for the child's environment alone; by default what `HF_TOKEN` is here. Whatever the child
+            says, the token is in none of it.
 
     Raises:
         ChildFailedError: it failed; the message is meant for people.
     """
-    arguments = [name, json.dumps(request)]
-    return run_json("tasks.jobs", arguments, on_line=log_line(), env={**_QUIET, **_progress(), **(env or {})})
+    known = token or os.environ.get("HF_TOKEN")
+    log, arguments = log_line(), [name, json.dumps(request)]
+    environment = {**_QUIET, **_progress(), **(env or {}), **({"HF_TOKEN": known} if known else {})}
+    try:
+        return run_json("tasks.jobs", arguments, on_line=lambda line: log(_hide(known, line)), env=environment)
+    except ChildFailedError as error:
+        message = _hide(known, str(error))
+    raise ChildFailedError(message)
+
+
+def _hide(token: str | None, text: str) -> str:
+    return text.replace(token, "<token>") if token else text
 
 
 def _progress() -> dict[str, str]:

@@ -29,7 +29,7 @@ PREFECT = [sys.executable, "-m", "prefect"]
 
 @dataclass(frozen=True)
 class Server:
-    """A Prefect server with both deployments, and the environment in which its programs run."""
+    """A Prefect server with all deployments, and the environment in which its programs run."""
 
     url: str
     env: dict[str, str]
@@ -180,6 +180,17 @@ def test_conversion_by_hand_needs_a_url_alone(server: Server):
     assert by_hand["work_pool_name"] == "cpu"
     assert by_hand["schedules"] == []
     assert by_hand["parameter_openapi_schema"]["required"] == ["checkpoint"]
+
+
+@pytest.mark.parametrize(("flow", "required"), [("publish", ["export"]), ("rollback", ["store", "run", "repo", "to"])])
+def test_releases_are_made_and_taken_back_by_hand(server: Server, flow: str, required: list[str]):
+    """Both deployments have no schedule and stand on the pool `cpu`; no field of theirs takes a token."""
+    by_hand = server.deployment(flow)
+    assert (by_hand["name"], by_hand["work_pool_name"], by_hand["schedules"]) == ("by-hand", "cpu", [])
+    assert by_hand["entrypoint"] == f"flows/{flow}.py:{flow}"
+    schema = by_hand["parameter_openapi_schema"]
+    assert schema["required"] == required
+    assert "token" not in schema["properties"]
 
 
 def test_a_worker_converts_a_checkpoint(server: Server, checkpoint: Path, tmp_path: Path):

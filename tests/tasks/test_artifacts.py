@@ -13,9 +13,24 @@ import torch
 
 from ckpt_core import PyTorchCheckpoint
 from tasks import artifacts
+from tasks.publication import Destination
 
-COMPARED = {"challenger": 2.5, "champion": {"tag": "v3", "loss": 2.75}, "untrained": 8.3, "unigram": 6.0}
-RELEASE = {"tag": "v4", "repo_id": "team/model", "commit": "0123abcd", "url": "https://hub.test/team/model/tree/v4"}
+FIGURES = {"heldout_loss": 2.5, "perplexity": 12.1825, "accuracy": 0.4}
+BEFORE = {
+    "release": {"tag": "v3", "commit": "f00d" * 10},
+    "figures": {"heldout_loss": 2.75, "perplexity": 15.6426, "accuracy": None},
+    "same": False,
+}
+COMPARED = {"challenger": FIGURES, "champion": BEFORE, "untrained": {"heldout_loss": 8.3}}
+DECISION = {"promote": True, "reason": "The challenger's heldout_loss is 2.5, the champion's 2.75; better."}
+RELEASE = {"tag": "v4", "repo_id": "team/model", "commit": "0123abcd", "files": 7}
+CANDIDATE = {"name": "feedfacecafebeef"}
+HUB = Destination("team/model", "https://hub.test", "https://hub.test/team/model")
+
+
+def verdict(**changes: Any) -> dict[str, Any]:
+    """Return what became of an export, by default published."""
+    return {"decision": DECISION, "release": RELEASE, "candidate": None} | changes
 
 
 @pytest.fixture
@@ -107,33 +122,62 @@ def test_an_export_card_lists_files_and_rules(shown: list[dict[str, Any]]):
     assert "- cast: to bfloat16" in card["data"]
 
 
-def test_a_release_card_tells_the_decision_and_the_losses(shown: list[dict[str, Any]]):
-    """A remote release is a link; the new loss stands beside the one before."""
-    artifacts.release_card("tiny", COMPARED, RELEASE, None)
+def test_a_release_card_tells_the_decision_and_the_figures(shown: list[dict[str, Any]]):
+    """Where it is, why it was published, and each figure beside those of what was served before."""
+    artifacts.release_card("tiny", HUB, verdict(), COMPARED)
     [card] = shown
-    assert card["description"] == "published v4"
-    for row in (
-        "| Where | https://hub.test/team/model/tree/v4 |",
-        "| New model | 2.5000 |",
-        "| Release before | 2.7500 (v3) |",
+    assert card["description"] == "Published v4"
+    for line in (
+        "| Where | https://hub.test/team/model |",
+        DECISION["reason"],
+        "| | New model | Served before (v3) | Untrained |",
+        "| held-out loss | 2.5000 | 2.7500 | 8.3000 |",
+        "| accuracy of the next token | 0.4000 | not measured | not measured |",
     ):
-        assert row in card["data"]
+        assert line in card["data"].splitlines()
 
 
 def test_a_local_release_is_shown_with_the_command_that_serves_it(shown: list[dict[str, Any]]):
     """The address of the local Hub is gone with the run, so its directory is told instead."""
-    artifacts.release_card("tiny", COMPARED, RELEASE, "/my store/hub")
+    local = Destination("team/model", "http://127.0.0.1:41234", "hub/team/model", "/my store/hub")
+    artifacts.release_card("tiny", local, verdict(), COMPARED)
     [card] = shown
     assert "| Where | `ckpt hub serve '/my store/hub'` |" in card["data"]
-    assert RELEASE["url"] not in card["data"]
+    assert "41234" not in card["data"]
 
 
 def test_a_release_card_tells_what_was_kept(shown: list[dict[str, Any]]):
-    """Without a release the old one is named, and why it stays."""
-    artifacts.release_card("tiny", COMPARED, None, None)
+    """Without a release the old one is named, and why it stays; a model that has no tag by its commit."""
+    artifacts.release_card("tiny", HUB, verdict(release=None), COMPARED)
+    untagged = {**COMPARED, "champion": {**BEFORE, "release": {"tag": None, "commit": "f00d" * 10}}}
+    artifacts.release_card("tiny", HUB, verdict(release=None), untagged)
+    assert [card["description"] for card in shown] == ["Kept v3", "Kept f00df00df00d"]
+    assert DECISION["reason"] in shown[0]["data"]
+
+
+def test_a_release_card_tells_what_a_person_said(shown: list[dict[str, Any]]):
+    """Candidate, answer and comment are in it, the comment on one line."""
+    asked = {**DECISION, "approval": {"approved": False, "comment": "too\nslow | bad"}}
+    artifacts.release_card("tiny", HUB, verdict(decision=asked, release=None, candidate=CANDIDATE), COMPARED)
     [card] = shown
-    assert card["description"] == "kept v3"
-    assert card["data"].startswith("## Kept v3: the new model is not better\n")
+    assert "| Asked | not approved: too slow \\| bad |" in card["data"]
+    assert "| Candidate | `feedfacecafebeef`, uploaded and not served |" in card["data"]
+
+
+def test_a_release_without_an_evaluation_says_so(shown: list[dict[str, Any]]):
+    """There is no table of figures."""
+    artifacts.release_card("tiny", HUB, verdict(decision=None), None)
+    [card] = shown
+    assert card["data"].endswith("\n\nNot evaluated.\n")
+
+
+def test_a_rollback_card_tells_what_is_served_and_what_comes_next(shown: list[dict[str, Any]]):
+    """The tag, the new commit, and the step that the next retrain starts from."""
+    artifacts.rollback_card("tiny", HUB, {**RELEASE, "tag": "v1"}, 7)
+    [card] = shown
+    assert card["description"] == "Rolled back to v1"
+    assert "| Commit | `0123abcd` |" in card["data"]
+    assert "| Champion | step 7 |" in card["data"]
 
 
 @pytest.mark.parametrize("run", ["Nightly_1", "a.b", "x--y", "Z" * 64, "1.", "a_"])
@@ -145,6 +189,7 @@ def test_a_key_suits_prefect(run: str, shown: list[dict[str, Any]]):
 
 def test_a_bar_in_a_path_stays_in_its_cell(tmp_path: Path, shown: list[dict[str, Any]]):
     """It does not cut the table's row in two."""
-    artifacts.release_card("tiny", COMPARED, RELEASE, str(tmp_path / "a|b"))
+    local = Destination("team/model", "http://127.0.0.1:41234", "hub/team/model", str(tmp_path / "a|b"))
+    artifacts.release_card("tiny", local, verdict(), COMPARED)
     [row] = [line for line in shown[0]["data"].splitlines() if "Where" in line]
     assert row.count("|") - row.count("\\|") == 3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,6 @@ from worker_support import TINY, prepare_tiny
 from ckpt_core import PyTorchCheckpoint
 from ckpt_core.errors import DamagedError, ExportExistsError
 from ckpt_core.export import convert_shard
-from ckpt_core.hub import child_environment
-from ckpt_core.testing.hub_server import hub_server
 from tasks import jobs
 from tasks.child import run_json
 from tasks.process import ChildFailedError
@@ -226,44 +223,6 @@ def test_a_changed_export_fails_its_gate(commit, tmp_path):
 def checks_of(url: str, export: Path) -> list[dict[str, Any]]:
     """Return the checks of the export gate."""
     return jobs.check_export({"url": url, "export": str(export)})["checks"]
-
-
-def test_only_a_better_export_replaces_a_release(commit, prepared, tmp_path):
-    """Without a release any export is better; then only a lower loss, or the very same export, is."""
-    worse, better = (Path(convert(commit(s, c), tmp_path / str(s))["path"]) for s, c in ((1, worsened), (2, halved)))
-
-    with hub_server(tmp_path / "hub") as server:
-
-        def compare(export: Path) -> dict[str, Any]:
-            request = {"heldout": prepared["heldout_tokens"], "repo_id": "team/m", "endpoint": server.endpoint}
-            untrained = {"model": TINY.model_dump(), "tokenizer": prepared["tokenizer"], "seed": 3}
-            return jobs.compare({"export": str(export), **request, **untrained})
-
-        assert compare(worse)["champion"] is None
-        assert compare(worse)["better"]
-        publish(worse, server.endpoint)
-        same = compare(worse)
-        assert (same["champion"]["tag"], same["champion"]["same"], same["better"]) == ("v1", True, True)
-        improved = compare(better)
-        assert improved["challenger"] < improved["champion"]["loss"] == same["challenger"]
-        assert improved["better"]
-        publish(better, server.endpoint)
-        behind = compare(worse)
-        assert (behind["champion"]["tag"], behind["champion"]["same"], behind["better"]) == ("v2", False, False)
-
-
-def worsened(model: torch.nn.Module) -> None:
-    """Make it confidently wrong."""
-    for parameter in model.parameters():
-        parameter.mul_(8)
-
-
-def publish(export: Path, endpoint: str) -> dict[str, Any]:
-    """Publish in a child process, as a flow does."""
-    card = {"title": "A model", "summary": "A model."}
-    request = {"export": str(export), "repo_id": "team/m", "endpoint": endpoint, "private": False, "card": card}
-    environment = child_environment(endpoint)
-    return run_json("tasks.jobs", ["publish", json.dumps(request)], on_line=lambda line: None, env=environment)
 
 
 def test_an_unknown_job_is_named():
