@@ -1,9 +1,10 @@
-"""What a card says of where a model comes from: arguments of `render_card`, read from what was recorded."""
+"""What a card says of where a model comes from, read from what was recorded."""
 
 from collections.abc import Mapping
 from typing import Any, cast
 
 from ckpt_core.format.manifest import Manifest
+from ckpt_core.hub.card import render_card
 
 _LINEAGE = {
     "parent": "parent",
@@ -15,8 +16,21 @@ _LINEAGE = {
 """What a trainer records of a step, by the names that a card has for it."""
 
 
+def export_card(where: str, record: Mapping[str, Any], **facts: Any) -> str:
+    """Return a card that says what `export.json` does, and more `facts` of `render_card`."""
+    origin = export_facts(record)
+    return render_card(
+        title=where.rstrip("/").rsplit("/", 1)[-1],
+        summary="A transformers model, converted to safetensors from a PyTorch distributed checkpoint.",
+        repo_id=where,
+        lineage=origin["lineage"],
+        libraries=origin["libraries"],
+        **facts,
+    )
+
+
 def export_facts(record: Mapping[str, Any]) -> dict[str, dict[str, object]]:
-    """Return `lineage` and `libraries` of what `export.json` says; what it does not say is left out."""
+    """Return `lineage` and `libraries`, arguments of `render_card`, as far as `export.json` says them."""
     source, lineage = _mapping(record.get("source")), dict[str, object]()
     for name, shown in (("digest", "checkpoint"), ("run", "run"), ("step", "step")):
         if name in source:
@@ -25,7 +39,7 @@ def export_facts(record: Mapping[str, Any]) -> dict[str, dict[str, object]]:
 
 
 def checkpoint_facts(manifest: Manifest) -> dict[str, dict[str, object]]:
-    """Return `lineage`, `libraries` and `hardware` of what a step's manifest says."""
+    """Return `lineage`, `libraries` and `hardware`, arguments of `render_card`, of what a step's manifest says."""
     recorded = dict(manifest.lineage)
     hardware, libraries = _mapping(recorded.get("hardware")), _mapping(recorded.get("libraries"))
     parent = _mapping(recorded.get("parent"))

@@ -12,8 +12,7 @@ from typing import Any, cast
 from ckpt_core.errors import ArgumentError, DamagedError
 from ckpt_core.evaluation import METRICS, Evaluation, evaluate
 from ckpt_core.heldout import read_rows
-from ckpt_core.hub.card import render_card
-from ckpt_core.hub.card_facts import export_facts
+from ckpt_core.hub.card_facts import export_card
 from ckpt_core.hub.contents import MANIFEST, read_contents
 from ckpt_core.hub.publication import download, served
 from ckpt_core.hub.releases import Release
@@ -91,15 +90,13 @@ def compared_card(
     """Return a card with the figures of an export that was compared, and with what `export.json` says."""
     figures, release = comparison.figures, comparison.served
     others = {f"Served before ({release.tag or release.commit[:12]})": figures["champion"]} if release else {}
-    return render_card(
-        title=str(where).rstrip("/").rsplit("/", 1)[-1],
-        summary="A transformers model, converted to safetensors from a PyTorch distributed checkpoint.",
-        repo_id=str(where),
+    return export_card(
+        str(where),
+        json.loads((Path(export) / MANIFEST).read_bytes()),
         metrics=figures["challenger"],
         compared=others,
         evaluated_on={"name": Path(data).name, "fingerprint": cast("Evaluation", comparison.challenger).fingerprint},
         decision=figures["decision"]["reason"],
-        **cast("Any", export_facts(json.loads((Path(export) / MANIFEST).read_bytes()))),
     )
 
 

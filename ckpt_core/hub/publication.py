@@ -10,11 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 from ckpt_core.errors import ArgumentError, HubConflictError, HubContentError, HubError
-from ckpt_core.hub.card import render_card
-from ckpt_core.hub.card_facts import export_facts
+from ckpt_core.hub.card_facts import export_card
 from ckpt_core.hub.contents import MANIFEST, Content, check_weights, name_of, read_contents
 from ckpt_core.hub.releases import Release, check_tag, describe, next_version, tag_of
 from ckpt_core.hub.target import Progress, State, Target, Tree, open_target
@@ -108,7 +106,7 @@ def stage(
     """
     if tag is not None:
         check_tag(tag)
-    contents = read_contents(Path(export), card if card is not None else partial(_default_card, str(where)), pictures)
+    contents = read_contents(Path(export), card if card is not None else partial(export_card, str(where)), pictures)
     target = open_target(where, endpoint=endpoint, token=token, private=private, write=True)
     state = target.prepare()
     name = name_of(contents)
@@ -295,13 +293,3 @@ def _read_back(target: Target, commit: str, contents: Mapping[str, Content]) -> 
                 f" sha256 {sha256}, expected {expected.size} with {expected.sha256}; no tag was set. If the file here"
                 " still has the expected digest, the copy there is damaged: delete it there and publish again"
             )
-
-
-def _default_card(where: str, record: Mapping[str, Any]) -> str:
-    """Return a card that says what `export.json` does."""
-    summary = "A transformers model, converted to safetensors from a PyTorch distributed checkpoint."
-    title = where.rstrip("/").rsplit("/", 1)[-1]
-    facts = export_facts(record)
-    return render_card(
-        title=title, summary=summary, repo_id=where, lineage=facts["lineage"], libraries=facts["libraries"]
-    )
