@@ -1,6 +1,7 @@
 """What went wrong at the Hub, in this library's errors: what to do about it, and never the token."""
 
 import json
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
@@ -19,6 +20,7 @@ UNAUTHORIZED, PAYMENT, FORBIDDEN, NOT_FOUND, TIMEOUT = 401, 402, 403, 404, 408
 CONFLICT, STALE, TOO_LARGE, TOO_MANY = 409, 412, 413, 429
 _SERVER_ERRORS = 500
 _RERUN = "run it again: what arrived is found and not sent twice"
+_XET_REFUSED = re.compile(r"400 Bad Request.*/shards")  # the list of a file's chunks, of which some are not there
 _FULL = ("quota", "storage", "limit")
 
 
@@ -80,7 +82,15 @@ def _explain(hub: Connection, where: str, problem: BaseException) -> HubError:
             f"{where}: the Hub cannot be reached, or broke off ({_short(hub, problem)}); check the address and the"
             f" network, then {_RERUN}"
         )
-    return HubError(f"{where}: {type(problem).__name__}: {_short(hub, problem)}; {_RERUN}")
+    said = _short(hub, problem)
+    if _XET_REFUSED.search(said):
+        from huggingface_hub.constants import HF_XET_CACHE
+
+        return HubError(
+            f"{where}: the storage does not have what this machine remembers to have sent there ({said}); delete"
+            f" {HF_XET_CACHE}, then run it again"
+        )
+    return HubError(f"{where}: {type(problem).__name__}: {said}; {_RERUN}")
 
 
 def _explain_status(hub: Connection, where: str, problem: "HfHubHTTPError") -> HubError:

@@ -21,10 +21,12 @@ WORKER = """
 import base64, builtins, dataclasses, json, os, pickle, sys, traceback
 from ckpt_core import hub
 from ckpt_core.errors import CkptError
-from ckpt_core.hub import connection, retries
+from ckpt_core.hub import connection, retries, xet
 retries.FIRST_WAIT_S = 0.01
 retries.LONGEST_WAIT_S = 0.05
 connection.IDLE_SECONDS = float(os.environ.get("TEST_IDLE_SECONDS", connection.IDLE_SECONDS))
+xet.SPARE_SECONDS = float(os.environ.get("TEST_XET_SECONDS", xet.SPARE_SECONDS))
+xet.SLOWEST_BYTES_PER_SECOND = 10_000_000
 opened = []
 sys.addaudithook(lambda name, given: opened.append(str(given[0])) if name == "open" else None)
 for line in sys.stdin:
@@ -46,6 +48,8 @@ for line in sys.stdin:
 
 class Client:
     """Calls `ckpt_core.hub` in a child process, and remembers what the server was asked."""
+
+    program = WORKER
 
     def __init__(self, tmp_path, environment=None, **options):
         self.tmp_path = tmp_path
@@ -77,7 +81,7 @@ class Client:
     def start_worker(self, **environment):
         """Start a process that calls what it is told to, line by line."""
         env = {**child_environment_for(self.endpoint, self.tmp_path / "home"), **self.environment, **environment}
-        command = [sys.executable, "-c", WORKER]
+        command = [sys.executable, "-c", self.program]
         return subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def call(self, name, *arguments, **options):
