@@ -6,8 +6,9 @@ A target is a repository on the Hub, a directory or a bucket. The same client sp
 
 from ckpt_core.hub.card import render_card
 from ckpt_core.hub.connection import child_environment
-from ckpt_core.hub.publication import Candidate, discard, download, promote, publish, roll_back, served, stage
+from ckpt_core.hub.publication import Candidate, discard, promote, publish, stage
 from ckpt_core.hub.releases import Release
+from ckpt_core.hub.serving import download, roll_back, served
 
 __all__ = [
     "Candidate",

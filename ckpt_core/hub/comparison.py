@@ -14,8 +14,8 @@ from ckpt_core.evaluation import METRICS, Evaluation, evaluate
 from ckpt_core.heldout import read_rows
 from ckpt_core.hub.card_facts import export_card
 from ckpt_core.hub.contents import MANIFEST, read_contents
-from ckpt_core.hub.publication import download, served
 from ckpt_core.hub.releases import Release
+from ckpt_core.hub.serving import download, served
 from ckpt_core.hub.target import open_target
 from ckpt_core.policy import Decision, Policy, decide
 
@@ -61,8 +61,11 @@ def compare(
     *,
     endpoint: str | None = None,
     token: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Comparison:
     """Evaluate an export and what a target serves on the same data, and decide by a policy.
+
+    `trust_remote_code` allows models that bring Python code of their own; it then runs with your rights.
 
     Raises:
         ArgumentError: a wrong argument, or a model that cannot be evaluated on the data.
@@ -75,11 +78,11 @@ def compare(
         tree = open_target(where, endpoint=endpoint, token=token).tree(release.commit)
         if tree[MANIFEST].holds(contents[MANIFEST]):  # which names every other file with its digest
             return Comparison(release, same=True, challenger=None, champion=None, decision=None)
-    challenger, champion = evaluate(export, data), None
+    challenger, champion = evaluate(export, data, trust_remote_code=trust_remote_code), None
     if release is not None:
         with tempfile.TemporaryDirectory() as directory:
             place = download(where, release.commit, endpoint=endpoint, token=token, directory=directory)
-            champion = _evaluate_served(place, data, release)
+            champion = _evaluate_served(place, data, release, trust_remote_code=trust_remote_code)
     decision = decide(policy, challenger.metrics, champion.metrics if champion else None)
     return Comparison(release, same=False, challenger=challenger, champion=champion, decision=decision)
 
@@ -100,9 +103,11 @@ def compared_card(
     )
 
 
-def _evaluate_served(place: Path, data: str | PathLike[str], release: Release) -> Evaluation:
+def _evaluate_served(
+    place: Path, data: str | PathLike[str], release: Release, *, trust_remote_code: bool
+) -> Evaluation:
     try:
-        return evaluate(place, data)
+        return evaluate(place, data, trust_remote_code=trust_remote_code)
     except (ArgumentError, DamagedError) as error:
         raise type(error)(f"{release.url} is served, and cannot be compared with: {error}") from error
 

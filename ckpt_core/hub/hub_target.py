@@ -6,16 +6,17 @@ commit is not sent twice blindly: after each lost answer the branch is read firs
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from ckpt_core.errors import HubConflictError, HubContentError, HubError
 from ckpt_core.hub.connection import Connection
-from ckpt_core.hub.contents import LARGE_BYTES, Content
+from ckpt_core.hub.contents import Content
 from ckpt_core.hub.failures import CONFLICT, STALE, asked_wait, at_hub, passes, status_of
+from ckpt_core.hub.hub_uploads import difference, upload
 from ckpt_core.hub.retries import persist
 from ckpt_core.hub.target import Entry, Progress, State, Tree
+from ckpt_core.hub.verification import differs
 from ckpt_core.hub.xet import xet_deadline
 
 if TYPE_CHECKING:
@@ -86,11 +87,19 @@ class HubTarget:
         branch = CANDIDATES + name
         self._request(lambda: self._hub.api.create_branch(self.repo_id, branch=branch, revision=head, exist_ok=True))
         start = self._head(branch)
-        operations = _difference(contents, self.tree(start))
+        operations = difference(contents, self.tree(start))
         if not operations:
             return start
-        self._upload(branch, [each for each in operations if isinstance(each, CommitOperationAdd)], progress)
-        return self._commit(branch, operations, start, f"Candidate {name}", partial(_holds, contents=contents))
+
+        def send(batch: list[CommitOperationAdd], size: int) -> None:
+            with xet_deadline(size):
+                self._hub.api.preupload_lfs_files(self.repo_id, batch, revision=branch, free_memory=False)
+
+        additions = [each for each in operations if isinstance(each, CommitOperationAdd)]
+        at_hub(self._hub, self.where, lambda: upload(additions, send, progress))
+        return self._commit(
+            branch, operations, start, f"Candidate {name}", lambda tree: differs(tree, contents) is None
+        )
 
     def promote(self, commit: str, parent: str | None, message: str) -> str:
         """Commit copies of a commit's files to `main`: no large file is sent, small ones travel there and back."""
@@ -197,23 +206,6 @@ class HubTarget:
             )
         return found
 
-    def _upload(self, branch: str, additions: "list[CommitOperationAdd]", progress: Progress | None) -> None:
-        """Send files: large ones one at a time, then small ones that git does not hold. What is there is not sent."""
-        large = [addition for addition in additions if addition.upload_info.size > LARGE_BYTES]
-        small = [addition for addition in additions if addition.upload_info.size <= LARGE_BYTES]
-        total, done = sum(addition.upload_info.size for addition in additions), 0
-        for batch in [*([addition] for addition in large), small]:
-            size = sum(addition.upload_info.size for addition in batch)
-            at_hub(self._hub, self.where, partial(self._preupload, branch, batch, size))
-            done += size
-            if progress is not None and batch:
-                progress(done, total)
-
-    def _preupload(self, branch: str, batch: "list[CommitOperationAdd]", size: int) -> None:
-        if batch:
-            with xet_deadline(size):
-                self._hub.api.preupload_lfs_files(self.repo_id, batch, revision=branch, free_memory=False)
-
     def _commit(
         self,
         branch: str,
@@ -281,25 +273,3 @@ class HubTarget:
                 size += len(chunk)
                 digest.update(chunk)
         return size, digest.hexdigest()
-
-
-def _difference(contents: Mapping[str, Content], remote: Tree) -> "list[CommitOperationAdd | CommitOperationDelete]":
-    """Return what turns the remote tree into the contents; nothing where they are equal."""
-    from huggingface_hub import CommitOperationDelete
-
-    stale = sorted(remote.keys() - contents.keys())
-    changed = [path for path in sorted(contents) if path not in remote or not remote[path].holds(contents[path])]
-    deletions = [CommitOperationDelete(path_in_repo=path, is_folder=False) for path in stale]
-    return [*deletions, *(_addition(path, contents[path]) for path in changed)]
-
-
-def _addition(path: str, content: Content) -> "CommitOperationAdd":
-    from huggingface_hub import CommitOperationAdd
-
-    addition = CommitOperationAdd(path_in_repo=path, path_or_fileobj=content.source)
-    addition.upload_info.sha256 = bytes.fromhex(content.sha256)  # or the client reads every file again to hash it
-    return addition
-
-
-def _holds(tree: Tree, *, contents: Mapping[str, Content]) -> bool:
-    return tree.keys() == contents.keys() and all(tree[path].holds(contents[path]) for path in contents)

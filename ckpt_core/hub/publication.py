@@ -11,11 +11,12 @@ from functools import partial
 from os import PathLike
 from pathlib import Path
 
-from ckpt_core.errors import ArgumentError, HubConflictError, HubContentError, HubError
+from ckpt_core.errors import HubConflictError
 from ckpt_core.hub.card_facts import export_card
-from ckpt_core.hub.contents import MANIFEST, Content, check_weights, name_of, read_contents
+from ckpt_core.hub.contents import Content, check_weights, name_of, read_contents
 from ckpt_core.hub.releases import Release, check_tag, describe, next_version, tag_of
 from ckpt_core.hub.target import Progress, State, Target, Tree, open_target
+from ckpt_core.hub.verification import advance, differs, other_bytes, read_back_all
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def stage(
     if tag is not None and tag in state.tags:
         _check_same(target, tag, state.tags[tag], contents)
     commit = state.head
-    if commit is None or _differs(target.tree(commit), contents):
+    if commit is None or differs(target.tree(commit), contents):
         if parent is not None and state.head != parent:
             raise HubConflictError(
                 f"{target.where}: main is at {state.head}, and the decision to publish was made against {parent}; "
@@ -121,10 +122,10 @@ def stage(
             )
         check_weights(Path(export))
         commit = target.stage(name, contents, state.head, progress)
-        if wrong := _differs(target.tree(commit), contents):
-            raise _other_bytes(target, commit, wrong)
+        if wrong := differs(target.tree(commit), contents):
+            raise other_bytes(target, commit, wrong)
     if read_back:
-        _read_back(target, commit, contents)
+        read_back_all(target, commit, contents)
     return Candidate(str(where), name, commit, parent or state.head)
 
 
@@ -156,7 +157,7 @@ def promote(
         raise _taken(target, name, state.tags[name])
     commit = state.head if served else None
     if commit is None:
-        commit = _advance(target, candidate.commit, candidate.parent, f"Publish {name}", wanted)
+        commit = advance(target, candidate.commit, candidate.parent, f"Publish {name}", wanted)
     if name not in state.tags:
         target.tag(name, commit)
     if candidate.name in state.candidates:
@@ -172,79 +173,6 @@ def discard(
     open_target(where, endpoint=endpoint, token=token, write=True).discard(candidate.name)
 
 
-def roll_back(where: str | PathLike[str], to: str, *, endpoint: str | None = None, token: str | None = None) -> Release:
-    """Make `main` serve an earlier release again, by a new commit with that tag's tree; all history stays.
-
-    Where `main` serves it already, nothing is done.
-
-    Raises:
-        ArgumentError: there is no such tag; the message lists those there are.
-        HubConflictError: somebody else moved `main` meanwhile.
-        HubContentError: `main` holds another tree than the tag.
-        HubAuthError, HubError: as for `stage`.
-    """
-    target = open_target(where, endpoint=endpoint, token=token, write=True)
-    state = target.read()
-    if state.head is None:
-        raise HubError(f"{target.where}: there is nothing here, or the token may not see it")
-    if to not in state.tags:
-        known = ", ".join(sorted(state.tags)) or "none"
-        raise ArgumentError(f"{target.where} has no tag {to!r} to roll back to; it has {known}")
-    wanted = target.tree(state.tags[to])
-    if target.tree(state.head) == wanted:
-        return describe(target, to, state.head, wanted, created=False)
-    commit = _advance(target, state.tags[to], state.head, f"Roll back to {to}", wanted)
-    return describe(target, to, commit, wanted, created=True)
-
-
-def served(where: str | PathLike[str], *, endpoint: str | None = None, token: str | None = None) -> Release | None:
-    """Return the release that `main` serves: its commit, and the tag of that commit or, after a roll back, of its tree.
-
-    None without a repository, or where `main` holds no export. Raises HubError where the target does not answer,
-    HubAuthError where it does not accept the token.
-    """
-    target = open_target(where, endpoint=endpoint, token=token)
-    state = target.read()
-    if state.head is None:
-        return None
-    tree = target.tree(state.head)
-    if MANIFEST not in tree:
-        return None
-    return describe(target, tag_of(target, state.tags, state.head, tree), state.head, tree, created=False)
-
-
-def download(
-    where: str | PathLike[str],
-    revision: str,
-    *,
-    endpoint: str | None = None,
-    token: str | None = None,
-    directory: str | PathLike[str],
-) -> Path:
-    """Copy all files of a commit or tag into `directory`, check them against the target's digests, and return it.
-
-    Raises HubContentError for a file that is missing or not what the target says; HubError where it cannot be read.
-    """
-    target, place = open_target(where, endpoint=endpoint, token=token), Path(directory)
-    commit = target.read().tags.get(revision, revision)
-    tree = target.tree(commit)
-    target.download(commit, place)
-    for path, entry in tree.items():
-        if not entry.holds_file(place / path):
-            raise HubContentError(f"{target.where}: {path} of {revision} arrived damaged in {place}; download it again")
-    return place
-
-
-def _advance(target: Target, source: str, parent: str | None, message: str, wanted: Tree) -> str:
-    """Add the commit to `main` that gives it the tree of `source`, and compare the two."""
-    commit = target.promote(source, parent, message)
-    found = target.tree(commit)
-    for path in sorted(wanted.keys() | found.keys()):
-        if wanted.get(path) != found.get(path):
-            raise _other_bytes(target, commit, path)
-    return commit
-
-
 def _tag_for(target: Target, state: State, candidate: Candidate, wanted: Tree, *, served: bool) -> str:
     """Choose the tag: that of what is served where its publication is complete, else the next version."""
     if not served or state.head is None:
@@ -254,16 +182,8 @@ def _tag_for(target: Target, state: State, candidate: Candidate, wanted: Tree, *
     return tag_of(target, same, state.head, wanted) or next_version(state.tags)
 
 
-def _differs(tree: Tree, contents: Mapping[str, Content]) -> str | None:
-    """Return the first path that a tree does not hold as it should, or None."""
-    for path in sorted(tree.keys() | contents.keys()):
-        if path not in tree or path not in contents or not tree[path].holds(contents[path]):
-            return path
-    return None
-
-
 def _check_same(target: Target, tag: str, commit: str, contents: Mapping[str, Content]) -> None:
-    if _differs(target.tree(commit), contents):
+    if differs(target.tree(commit), contents):
         raise _taken(target, tag, commit)
 
 
@@ -272,24 +192,3 @@ def _taken(target: Target, tag: str, commit: str) -> HubConflictError:
         f"{target.where}: the tag {tag} is on commit {commit}, and a release never changes; publish under another tag,"
         " or leave the tag out for the next version"
     )
-
-
-def _other_bytes(target: Target, commit: str, path: str) -> HubContentError:
-    return HubContentError(
-        f"{target.where}: {path} at {commit} is not what was to be published, by its size or digest; no tag was set. If"
-        " the file here still has the digest that export.json says, the copy there is damaged, or ignored by a"
-        " .gitignore: delete it there and publish again"
-    )
-
-
-def _read_back(target: Target, commit: str, contents: Mapping[str, Content]) -> None:
-    """Read each file of a commit from the target; raises HubContentError at the first that is another one."""
-    for path in sorted(contents):
-        expected = contents[path]
-        size, sha256 = target.digest(commit, path)
-        if (size, sha256) != (expected.size, expected.sha256):
-            raise HubContentError(
-                f"{target.where} serves other bytes than were to be published: {path} at {commit} has {size} bytes with"
-                f" sha256 {sha256}, expected {expected.size} with {expected.sha256}; no tag was set. If the file here"
-                " still has the expected digest, the copy there is damaged: delete it there and publish again"
-            )
