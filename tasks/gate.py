@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,6 +14,7 @@ from ckpt_core import PyTorchCheckpoint, open_checkpoint
 from ckpt_core.durable import file_system, files_below, make_parents
 from ckpt_core.errors import NotACheckpointError
 from ckpt_core.verify import Check
+from tasks import adapters
 
 if TYPE_CHECKING:
     from ckpt_core.urls import Place
@@ -31,22 +32,31 @@ SAMPLE = """def fibonacci(count):
 def compare_with_checkpoint(url: str, export: Place) -> list[Check]:
     """Load an export with `from_pretrained`, restore the checkpoint with torch's own loader, and compare the two.
 
-    Without a cast tensors and logits must be the same bit for bit; with one, the same as the checkpoint's when cast.
+    Without a cast tensors and logits must be the same bit for bit; with one, the same as the checkpoint's when cast. Of
+    a LoRA adapter's export the tensors are the adapter's; a merged one is compared with what PEFT merges.
     """
+    restored = restore_model(url)
     with local_copy(export) as directory:
-        return _compare(restore_model(url), directory)
+        if adapters.has_adapter(directory):
+            exported = adapters.load_adapter(restored, directory)
+            ours, theirs = (adapters.trained_tensors(stored_tensors(model)) for model in (exported, restored))
+            adapters.cast_as_stored(theirs, directory)
+            keys = [_keys("missing", theirs.keys() - ours), _keys("unexpected", ours.keys() - theirs)]
+            return [*keys, _tensors(ours, theirs), _logits(exported, restored, directory)]
+        restored = adapters.merged(restored)
+        exported, info = type(restored).from_pretrained(directory, output_loading_info=True)
+        keys = [_keys(name, info[f"{name}_keys"]) for name in ("missing", "unexpected", "mismatched")]
+        tensors = _tensors(stored_tensors(exported), stored_tensors(restored))
+        return [*keys, tensors, _logits(exported, restored, directory)]
 
 
-def _compare(restored: Any, export: Path) -> list[Check]:
-    exported, info = type(restored).from_pretrained(export, output_loading_info=True)
-    checks = [_keys(name, info[f"{name}_keys"]) for name in ("missing", "unexpected", "mismatched")]
-    ours, theirs = stored_tensors(exported), stored_tensors(restored)
-    for name, tensor in theirs.items():
-        tensor.data = tensor.data.to(ours[name].dtype)
-    different = [name for name in theirs if not torch.equal(theirs[name], ours[name])]
+def _tensors(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> Check:
+    """Compare an export's tensors with those that were restored, which are cast to its types."""
+    for name in theirs.keys() & ours.keys():
+        theirs[name].data = theirs[name].data.to(ours[name].dtype)
+    different = [name for name in theirs if name not in ours or not torch.equal(theirs[name], ours[name])]
     detail = f"{len(theirs)} tensors, bit for bit" if not different else f"differ: {', '.join(different[:5])}"
-    checks.append(Check("tensors", not different, detail))
-    return [*checks, _logits(exported, restored, export)]
+    return Check("tensors", not different, detail)
 
 
 def stored_tensors(model: Any) -> dict[str, torch.Tensor]:
@@ -70,10 +80,12 @@ def restore_model(url: str) -> Any:
         raise NotACheckpointError(f"{url}: has no assets/config.json, so its architecture is not known.")
     with local_copy(assets) as directory:
         config = AutoConfig.from_pretrained(directory)
-    named = config.architectures
-    if not named:
-        raise NotACheckpointError(f"{assets}/config.json: names no architectures, so the model's class is not known.")
-    model = named_class(named[0])(config).eval()
+        named = config.architectures
+        if not named:
+            raise NotACheckpointError(f"{assets}/config.json: names no architectures, so the model's class is unknown.")
+        model = named_class(named[0])(config).eval()
+        if adapters.has_adapter(directory):
+            model = adapters.with_adapter(model, directory)
     PyTorchCheckpoint.from_url(url).restore(model)
     return model
 

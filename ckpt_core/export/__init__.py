@@ -14,8 +14,8 @@ from ckpt_core.export.conversion import (
     convert_checkpoint,
     convert_shard,
     finish_conversion,
-    plan_export,
 )
+from ckpt_core.export.planning import plan_export
 from ckpt_core.export.record import Export, read_export
 from ckpt_core.export.target import check_free, check_target
 

@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from ckpt_core.durable import file_size
-from ckpt_core.errors import CkptError, MismatchError, NotACheckpointError
-from ckpt_core.export.adapter import find_adapter, has_adapter
+from ckpt_core.errors import CkptError, NotACheckpointError
 from ckpt_core.export.adapter_config import (
     ADAPTER_CONFIG_NAME,
     adapter_assets,
-    adapter_config,
     adapter_files,
     find_adapter_config,
 )
-from ckpt_core.export.adapter_merge import plan_merged
-from ckpt_core.export.adapter_plan import ADAPTER_WEIGHTS_NAME, plan_adapter
-from ckpt_core.export.architecture import find_architecture
+from ckpt_core.export.adapter_plan import ADAPTER_WEIGHTS_NAME
 from ckpt_core.export.assets import CONFIG_NAME, EXPORT_NAME, Assets, config_bytes, read_assets
 from ckpt_core.export.local_work import LocalWork
 from ckpt_core.export.names import Table
-from ckpt_core.export.plan import Plan, make_plan
+from ckpt_core.export.plan import Plan
+from ckpt_core.export.planning import DEFAULT_SHARD_BYTES, plan_export
 from ckpt_core.export.record import FORMAT_VERSION, Export, read_export
 from ckpt_core.export.shard import shard_bytes, shards_of
 from ckpt_core.export.stored import DcpStored
@@ -34,15 +31,13 @@ from ckpt_core.export.target import check_free, check_target, disk_errors
 from ckpt_core.export.work import Progress, Work, plan_document
 from ckpt_core.export.write import INDEX_NAME, Care, check_ties, index_bytes
 from ckpt_core.format.digests import digest_bytes
-from ckpt_core.format.index import METADATA_NAME, read_index
+from ckpt_core.format.index import METADATA_NAME
 from ckpt_core.store import Checkpoint
 from ckpt_core.urls import place_of
 from ckpt_core.workers import count_workers
 
 if TYPE_CHECKING:
     from ckpt_core.urls import Place
-
-DEFAULT_SHARD_BYTES = 5_000_000_000
 
 
 def convert_checkpoint(
@@ -164,44 +159,6 @@ def finish_conversion(target: Place, *, overwrite: bool = False) -> Export:
 def abandon_conversion(target: Place) -> None:
     """Delete what was written of a conversion that is not to go on."""
     work_on(target).abandon()
-
-
-def plan_export(
-    directory: Place,
-    assets: Assets,
-    *,
-    dtype: str | None = None,
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-    table: Table = Table(),  # noqa: B008 - frozen
-    merge_adapter: bool = False,
-) -> Plan:
-    """Return what `convert` would write; reads metadata alone.
-
-    Raises:
-        CheckpointError: the checkpoint is damaged, hostile, or does not fit the config.
-    """
-    index, where = read_index(directory), str(directory)
-    has = has_adapter(index, table)
-    if merge_adapter and not has:
-        raise MismatchError(f"{where}: holds no LoRA adapter to merge; convert without merge_adapter.")
-    if not assets.config and (merge_adapter or not has):
-        raise MismatchError(f"{where}: there is no config of its model; give one with --model.")
-    if has:
-        config = adapter_config(assets, where, merge=merge_adapter)
-        adapter = find_adapter(index, config, table, where)
-        if not merge_adapter:
-            return plan_adapter(index, adapter, dtype=dtype, where=where)
-        return plan_merged(
-            index, adapter, assets.config, dtype=dtype, max_shard_bytes=max_shard_bytes, table=table, where=where
-        )
-    architecture = find_architecture(assets.config, index, dtype)
-    settings: dict[str, Any] = {"dtype": dtype, "max_shard_bytes": max_shard_bytes, "table": table, "where": where}
-    try:
-        return make_plan(index, architecture, **settings)
-    except MismatchError:
-        with suppress(MismatchError):  # of the two errors the first says more
-            return make_plan(index, architecture.as_stored(), **settings)
-        raise
 
 
 def model_of(checkpoint: Checkpoint) -> Place:
