@@ -100,6 +100,7 @@ def stage(
     Raises:
         ArgumentError: a wrong argument.
         DamagedError: the export is not what `export.json` says, or was converted without digests.
+        NotACheckpointError: it has no weights.
         HubAuthError: the token is missing, wrong, or may not write.
         HubConflictError: `main` is not at `parent`, the tag is taken, or the repository is public.
         HubContentError: the target holds other bytes than were sent.

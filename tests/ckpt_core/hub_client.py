@@ -20,7 +20,7 @@ REPO = "team/model"
 WORKER = """
 import base64, builtins, dataclasses, json, os, pickle, sys, traceback
 from ckpt_core import hub
-from ckpt_core.errors import CkptError
+from ckpt_core.errors import CkptError, HubError
 from ckpt_core.hub import connection, retries, xet
 retries.FIRST_WAIT_S = 0.01
 retries.LONGEST_WAIT_S = 0.05
@@ -39,7 +39,7 @@ for line in sys.stdin:
         answer = dataclasses.asdict(result) if dataclasses.is_dataclass(result) else result
         answer = {"result": answer, "opened": opened}
     except CkptError as error:
-        assert error.__cause__ is None and error.__context__ is None
+        assert not isinstance(error, HubError) or (error.__cause__ is None and error.__context__ is None)
         text = "".join(traceback.format_exception(error))
         answer = {"error": base64.b64encode(pickle.dumps(error)).decode(), "text": text}
     print(json.dumps(answer, default=str), flush=True)
