@@ -80,11 +80,9 @@ def _origins(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _evaluation(compared: Mapping[str, Any], data: str | None) -> dict[str, Any]:
-    champion, others = compared["champion"], {}
-    if champion and not champion["same"]:
-        others[f"Served before ({champion['release']['tag'] or champion['release']['commit'][:12]})"] = champion[
-            "figures"
-        ]
+    served, others = compared["served"], dict[str, Any]()
+    if served:
+        others[f"Served before ({served['tag'] or served['commit'][:12]})"] = compared["champion"]
     if compared["untrained"]:
         others["Untrained"] = compared["untrained"]
     return {

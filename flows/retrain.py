@@ -94,11 +94,14 @@ def retrain(
             compared = compare(
                 at, hub, exported["path"], prepared["heldout_tokens"], untrained, model.trust_remote_code
             )
+            begun = record.decide(store, run, begun, compared["decision"])
+            compared["decision"] = begun.decision
             origin = Origin(store, open_checkpoint(str(checkpoint.url)))
             verdict = publish_or_keep(at, hub, exported["path"], origin, compared, prepared["heldout"]["source"])
         artifacts.release_card(run, at, asdict(verdict), compared)
         checks = [*validated["checks"], *checked]
-        summary = Summary.of(checkpoints, checks, exported, compared, verdict, prepared["unigram_loss"], at)
+        losses = {"validated": validated["heldout_loss"], "unigram": prepared["unigram_loss"]}
+        summary = Summary.of(checkpoints, checks, exported, compared, verdict, losses, at)
         record.conclude(store, run, begun, summary.outcome())
         _tidy(store, run, keep_checkpoints, keep_releases)
     return summary.to_dict()

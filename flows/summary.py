@@ -35,7 +35,7 @@ class Summary:
 
     checks: list[dict[str, Any]]
     export: str
-    decision: dict[str, Any]
+    decision: dict[str, Any] | None
     release: dict[str, Any] | None
     candidate: dict[str, Any] | None
     """What was uploaded and is not served."""
@@ -51,7 +51,7 @@ class Summary:
         export: Mapping[str, Any],
         compared: Mapping[str, Any],
         verdict: Verdict,
-        unigram_loss: float,
+        losses: Mapping[str, float],
         at: Destination,
     ) -> Summary:
         """Gather it from what the tasks returned; `checkpoints` are those of the training steps, in order."""
@@ -61,13 +61,13 @@ class Summary:
             checkpoint=str(checkpoint.url),
             step=checkpoint.step or 0,
             initial_loss=metrics.get("initial_heldout_loss"),
-            loss=compared["challenger"]["heldout_loss"],
+            loss=(compared["challenger"] or {}).get("heldout_loss") or losses["validated"],
             untrained_loss=compared["untrained"]["heldout_loss"],
-            unigram_loss=unigram_loss,
-            champion=_champion(compared["champion"]),
+            unigram_loss=losses["unigram"],
+            champion=_champion(compared),
             checks=[dict(check) for check in checks],
             export=export["path"],
-            decision=verdict.decision or {},
+            decision=verdict.decision,
             release=verdict.release,
             candidate=verdict.candidate,
             hub_directory=at.hub_directory,
@@ -110,7 +110,7 @@ class Summary:
         if self.release is None:
             champion = self.champion or {}
             kept = champion.get("tag") or str(champion.get("commit", "nothing"))[:12]
-            lines = [f"kept {kept}  {self.decision['reason']}"]
+            lines = [f"kept {kept}  {(self.decision or {})['reason']}"]
             if self.candidate is not None:
                 lines.append(f"candidate   {self.candidate['name']}, uploaded and not served")
             return lines
@@ -144,12 +144,12 @@ class Summary:
         ]
 
 
-def _champion(compared: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Return what a summary says of what was served before."""
-    if compared is None:
+def _champion(compared: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what a summary says of what was served before, if that was another model."""
+    served = compared["served"]
+    if served is None or compared["same"]:
         return None
-    release = compared["release"]
-    return {"tag": release["tag"], "commit": release["commit"], "loss": compared["figures"]["heldout_loss"]}
+    return {"tag": served["tag"], "commit": served["commit"], "loss": compared["champion"]["heldout_loss"]}
 
 
 def _typed(path: Path, here: Path) -> str:

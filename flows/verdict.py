@@ -70,13 +70,13 @@ def publish_or_keep(
         settings: of the Hub.
         export: the export's directory.
         origin: the checkpoint that becomes the champion, if it is known.
-        compared: what `tasks.publication.compare` returned; None publishes without an evaluation.
+        compared: what `tasks.publication.compare` returned, for what is served already with the decision that was made
+            then, if that is known; None publishes without an evaluation.
         data: what the held-out data is called on the card.
     """
-    champion = compared["champion"] if compared else None
-    decision = dict(compared["decision"]) if compared else None
-    parent = champion["release"]["commit"] if champion else None
-    if champion and champion["same"]:  # an earlier flow run did it, or was killed before it had set the tag
+    decision = compared["decision"] if compared else None
+    parent = compared["served"]["commit"] if compared and compared["served"] else None
+    if compared and compared["same"]:  # an earlier flow run did it, or was killed before it had set the tag
         served = {"where": at.where, "name": "", "commit": parent, "parent": parent}
         return Verdict(decision, _promoted(at, served, decision, origin))
     worse = decision is not None and not decision["promote"]

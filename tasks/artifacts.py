@@ -80,7 +80,7 @@ def release_card(run: str, at: Destination, verdict: Mapping[str, Any], compared
     if decision and "approval" in decision:
         approval = decision["approval"]
         rows["Asked"] = f"{'approved' if approval['approved'] else 'not approved'}: {_line(approval['comment'])}"
-    parts = [f"## {title}", _table(rows), decision["reason"] if decision else "Not evaluated.", _figures(compared)]
+    parts = [f"## {title}", _table(rows), _reason(decision, compared), _figures(compared)]
     create_markdown_artifact("\n\n".join(filter(None, parts)) + "\n", key=_key("release", run), description=title)
 
 
@@ -116,18 +116,25 @@ def _where(at: Destination) -> dict[str, object]:
     return {"Repository": at.where, "Where": f"`ckpt hub serve {shlex.quote(at.hub_directory)}`"}
 
 
+def _reason(decision: Mapping[str, Any] | None, compared: Mapping[str, Any] | None) -> str:
+    if compared is None:
+        return "Not evaluated."
+    found = "It is what was served before: nothing was sent." if compared["same"] else ""
+    return " ".join(filter(None, [found, decision["reason"] if decision else ""]))
+
+
 def _served(compared: Mapping[str, Any] | None) -> str:
-    champion = compared["champion"] if compared else None
-    return (champion["release"]["tag"] or champion["release"]["commit"][:12]) if champion else "nothing"
+    served = compared["served"] if compared else None
+    return (served["tag"] or served["commit"][:12]) if served else "nothing"
 
 
 def _figures(compared: Mapping[str, Any] | None) -> str:
     """Return the figures of all models that were measured, a column for each."""
-    if compared is None:
+    if compared is None or compared["challenger"] is None:
         return ""
     columns = {"New model": compared["challenger"]}
     if compared["champion"]:
-        columns[f"Served before ({_served(compared)})"] = compared["champion"]["figures"]
+        columns[f"Served before ({_served(compared)})"] = compared["champion"]
     if compared["untrained"]:
         columns["Untrained"] = compared["untrained"]
     head = [f"| | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]

@@ -177,11 +177,12 @@ class ExportSettings(Settings):
 class PolicySettings(Settings):
     """When a new model takes the place of the one that is served, both measured on the same held-out data."""
 
-    metric: Literal["heldout_loss", "perplexity", "bits_per_byte", "accuracy"] = "heldout_loss"
-    """What decides: loss in nats a token, its exponential, bits a byte of text, or the share of right next tokens."""
+    metric: Literal["heldout_loss", "perplexity", "bits_per_byte", "accuracy"] | None = None
+    """What decides: loss in nats a token, its exponential, bits a byte of text, or the share of right next tokens.
+    Empty means bits a byte for text, which any two tokenizers share, and the loss for tokens."""
 
-    direction: Literal["lower", "higher"] = "lower"
-    """Which way is better: `higher` for accuracy, `lower` for the others."""
+    direction: Literal["lower", "higher"] | None = None
+    """Which way is better; empty means the metric's own."""
 
     margin: float = Field(default=0.0, ge=0)
     """By how much the new model must be better, in the metric's unit."""

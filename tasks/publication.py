@@ -12,13 +12,14 @@ from prefect import task
 from prefect.events import emit_event
 
 from ckpt_core.errors import ArgumentError, HubAuthError
+from ckpt_core.evaluation import METRICS
 from ckpt_core.hub import child_environment
 from ckpt_core.hub.connection import Connection, check_endpoint, is_loopback
 from ckpt_core.hub.releases import check_repo_id
 from ckpt_core.hub.target import is_address
 from ckpt_core.policy import Policy
 from ckpt_core.store import local_path
-from tasks.config import HubSettings
+from tasks.config import HubSettings, PolicySettings
 from tasks.launch import run_job
 
 LOCAL_HUB = "hub"
@@ -80,7 +81,7 @@ def check_hub(settings: HubSettings) -> None:
         ArgumentError: target, endpoint or policy is none; or there is no Secret block of that name.
         HubAuthError: a remote Hub, and no token; or no https.
     """
-    Policy(**settings.policy.model_dump())
+    _check_policy(settings.policy)
     if settings.token_block is not None:
         _read_block(settings.token_block)
     if is_address(settings.repo_id):
@@ -188,6 +189,11 @@ def _run(name: str, at: Destination, request: Mapping[str, Any]) -> dict[str, An
     token = None if at.token_block is None else _read_block(at.token_block)
     environment = child_environment(at.endpoint) if at.endpoint else {}
     return run_job(name, {**request, "where": at.where, "endpoint": at.endpoint}, env=environment, token=token)
+
+
+def _check_policy(settings: PolicySettings) -> None:
+    metric = settings.metric or "heldout_loss"
+    Policy(metric, settings.direction or METRICS[metric].direction, settings.margin)
 
 
 def _told(event: str, at: Destination, release: dict[str, Any]) -> dict[str, Any]:

@@ -37,6 +37,9 @@ class Record:
     parent: int | None = None
     """The step whose weights it starts from: the champion's, or the newest where there is none."""
 
+    decision: dict[str, Any] | None = None
+    """What was decided of its release, before that was made; a rerun that finds it made tells this."""
+
     outcome: dict[str, Any] | None = None
 
 
@@ -93,6 +96,15 @@ def begin(store: str, run: str, plan: Mapping[str, Any]) -> Record:
         record = Record(digest, newest.step, newest.step if champion is None else champion)
     _write(path, record)
     return record
+
+
+def decide(store: str, run: str, record: Record, decision: Mapping[str, Any] | None) -> Record:
+    """Write down what was decided, unless nothing was; return the record as it is then."""
+    if decision is None:
+        return record
+    decided = replace(record, decision=dict(decision))
+    _write(run_directory(store, run) / RECORD_NAME, decided)
+    return decided
 
 
 def conclude(store: str, run: str, record: Record, outcome: Mapping[str, Any]) -> None:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from tasks.config import ModelSettings
 
 if TYPE_CHECKING:
-    from ckpt_core.evaluation import Evaluation
+    from ckpt_core.policy import Policy
 
 Request = dict[str, Any]
 _SECONDS_BETWEEN_LINES = 5.0
@@ -25,33 +23,31 @@ def compare(request: Request) -> dict[str, Any]:
 
     Args:
         request: `export`; `where` and `endpoint` of the target; `data` (token rows or text); `policy`, the fields of
-            `ckpt_core.policy.Policy`; `untrained`: null, or its `model` (settings), `tokenizer` and `seed`;
+            `tasks.config.PolicySettings`; `untrained`: null, or its `model` (settings), `tokenizer` and `seed`;
             `trust_remote_code`.
 
     Returns:
-        `challenger` and `untrained` (or null): figures by metric, null for one that is not finite; `champion`: null, or
-        the `release` that is served, its `figures`, and whether it is the `same` as the export; `decision`: the fields
-        of `ckpt_core.policy.Decision`; `tokens`: how many were predicted; `data`: their fingerprint.
+        `challenger`, `champion` and `untrained`: figures by metric, each null where it was not measured; `served`: the
+        fields of `ckpt_core.hub.Release`, or null; `same`: whether that is the export, and then there is no
+        `challenger`, `champion` or `decision`; `decision`: the fields of `ckpt_core.policy.Decision`; `data`: a
+        fingerprint, or null.
     """
-    from ckpt_core.policy import Policy, decide
+    from ckpt_core.hub.comparison import compare as compare_with_served
 
-    policy = Policy(**request["policy"])
-    challenger = _evaluate(request["export"], request)
-    champion, measured = _champion(request)
-    decision = decide(
-        policy,
-        challenger.metrics,
-        measured.metrics if measured else None,
-        same=champion is not None and champion["same"],
+    found = compare_with_served(
+        request["export"],
+        request["where"],
+        request["data"],
+        _policy(request),
+        endpoint=request["endpoint"],
+        trust_remote_code=request["trust_remote_code"],
     )
-    untrained = _untrained(request)
     return {
-        "challenger": _figures(challenger.metrics),
-        "champion": champion,
-        "untrained": _figures(untrained.metrics) if untrained else None,
-        "decision": _figures(asdict(decision)),
-        "tokens": challenger.tokens,
-        "data": challenger.fingerprint,
+        **found.figures,
+        "served": asdict(found.served) if found.served else None,
+        "same": found.same,
+        "untrained": _untrained(request),
+        "data": found.challenger.fingerprint if found.challenger else None,
     }
 
 
@@ -125,45 +121,31 @@ def roll_back(request: Request) -> dict[str, Any]:
 JOBS = (compare, stage, promote, discard, roll_back)
 
 
-def _evaluate(model: Any, request: Request, tokenizer: Any = None) -> Evaluation:
-    from ckpt_core.evaluation import evaluate
+def _policy(request: Request) -> Policy:
+    """Return the policy of a request; where it names no metric or direction, those that suit the data."""
+    from ckpt_core.hub.comparison import policy_for
 
-    return evaluate(model, request["data"], tokenizer=tokenizer, trust_remote_code=request["trust_remote_code"])
-
-
-def _champion(request: Request) -> tuple[dict[str, Any] | None, Evaluation | None]:
-    """Return what the target serves, and what it reaches."""
-    from ckpt_core import hub
-
-    place = {"endpoint": request["endpoint"]}
-    release = hub.served(request["where"], **place)
-    if release is None:
-        return None, None
-    with tempfile.TemporaryDirectory() as directory:
-        path = hub.download(request["where"], release.commit, directory=directory, **place)
-        same = (path / "export.json").read_bytes() == (Path(request["export"]) / "export.json").read_bytes()
-        measured = _evaluate(path, request)
-    return {"release": asdict(release), "figures": _figures(measured.metrics), "same": same}, measured
+    settings = request["policy"]
+    policy = policy_for(request["data"], settings["metric"], settings["margin"])
+    return replace(policy, direction=settings["direction"] or policy.direction)
 
 
-def _untrained(request: Request) -> Evaluation | None:
-    """Return what the model reached before any training, if the request names it."""
+def _untrained(request: Request) -> dict[str, Any] | None:
+    """Return what the model reached before any training, if the request names it; null for what is not finite."""
     named = request["untrained"]
     if named is None:
         return None
     import torch
 
+    from ckpt_core.evaluation import evaluate
     from tasks.worker.model import build_model
     from tasks.worker.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(named["tokenizer"], trust_remote_code=request["trust_remote_code"])
     model = build_model(ModelSettings.model_validate(named["model"]), tokenizer, seed=named["seed"])
-    return _evaluate(model.to("cuda" if torch.cuda.is_available() else "cpu"), request, tokenizer)
-
-
-def _figures(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values with null for what is no finite number, which JSON has no word for."""
-    return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    figures = evaluate(model.to(device), request["data"], tokenizer=tokenizer).metrics
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 
 def _progress() -> Callable[[int, int], None]:

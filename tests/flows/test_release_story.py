@@ -224,7 +224,9 @@ def judged(world: World, name: str, settings: HubSettings) -> Any:
     made, main = world.made[name], world.main()
     compared = {
         "challenger": {"heldout_loss": 9.5},
-        "champion": {"release": vars(main), "figures": {"heldout_loss": 5.5}, "same": False},
+        "champion": {"heldout_loss": 5.5},
+        "served": vars(main),
+        "same": False,
         "untrained": None,
         "decision": {
             "promote": False,
@@ -233,7 +235,6 @@ def judged(world: World, name: str, settings: HubSettings) -> Any:
             "challenger": 9.5,
             "champion": 5.5,
         },
-        "tokens": 512,
         "data": "ab" * 32,
     }
 

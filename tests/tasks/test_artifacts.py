@@ -16,12 +16,13 @@ from tasks import artifacts
 from tasks.publication import Destination
 
 FIGURES = {"heldout_loss": 2.5, "perplexity": 12.1825, "accuracy": 0.4}
-BEFORE = {
-    "release": {"tag": "v3", "commit": "f00d" * 10},
-    "figures": {"heldout_loss": 2.75, "perplexity": 15.6426, "accuracy": None},
+COMPARED = {
+    "challenger": FIGURES,
+    "served": {"tag": "v3", "commit": "f00d" * 10},
+    "champion": {"heldout_loss": 2.75, "perplexity": 15.6426, "accuracy": None},
+    "untrained": {"heldout_loss": 8.3},
     "same": False,
 }
-COMPARED = {"challenger": FIGURES, "champion": BEFORE, "untrained": {"heldout_loss": 8.3}}
 DECISION = {"promote": True, "reason": "The challenger's heldout_loss is 2.5, the champion's 2.75; better."}
 RELEASE = {"tag": "v4", "repo_id": "team/model", "commit": "0123abcd", "files": 7}
 CANDIDATE = {"name": "feedfacecafebeef"}
@@ -149,7 +150,7 @@ def test_a_local_release_is_shown_with_the_command_that_serves_it(shown: list[di
 def test_a_release_card_tells_what_was_kept(shown: list[dict[str, Any]]):
     """Without a release the old one is named, and why it stays; a model that has no tag by its commit."""
     artifacts.release_card("tiny", HUB, verdict(release=None), COMPARED)
-    untagged = {**COMPARED, "champion": {**BEFORE, "release": {"tag": None, "commit": "f00d" * 10}}}
+    untagged = {**COMPARED, "served": {"tag": None, "commit": "f00d" * 10}}
     artifacts.release_card("tiny", HUB, verdict(release=None), untagged)
     assert [card["description"] for card in shown] == ["Kept v3", "Kept f00df00df00d"]
     assert DECISION["reason"] in shown[0]["data"]
@@ -169,6 +170,15 @@ def test_a_release_without_an_evaluation_says_so(shown: list[dict[str, Any]]):
     artifacts.release_card("tiny", HUB, verdict(decision=None), None)
     [card] = shown
     assert card["data"].endswith("\n\nNot evaluated.\n")
+
+
+def test_a_release_that_was_served_already_says_so(shown: list[dict[str, Any]]):
+    """With why it was published then, where that is known."""
+    same = {**COMPARED, "challenger": None, "champion": None, "same": True}
+    artifacts.release_card("tiny", HUB, verdict(), same)
+    artifacts.release_card("tiny", HUB, verdict(decision=None), same)
+    told = "It is what was served before: nothing was sent."
+    assert [card["data"].splitlines()[-1] for card in shown] == [f"{told} {DECISION['reason']}", told]
 
 
 def test_a_rollback_card_tells_what_is_served_and_what_comes_next(shown: list[dict[str, Any]]):

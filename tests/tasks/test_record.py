@@ -89,7 +89,16 @@ def test_a_conclusion_is_kept(store: Path):
     record.conclude(store.as_uri(), "default", begun, {"decision": "kept", "version": "v1"})
     kept = json.loads((store / "default" / "retrain.json").read_text())
     outcome = {"decision": "kept", "version": "v1"}
-    assert kept == {"plan": begun.plan, "start_step": 0, "parent": None, "outcome": outcome}
+    assert kept == {"plan": begun.plan, "start_step": 0, "parent": None, "decision": None, "outcome": outcome}
+
+
+def test_a_decision_is_known_to_a_rerun(store: Path):
+    """What was decided before a retrain was stopped is found when it goes on, and stays if nothing is decided then."""
+    begun = record.begin(str(store), "default", PLAN)
+    decided = record.decide(str(store), "default", begun, {"promote": True, "reason": "better"})
+    again = record.begin(str(store), "default", PLAN)
+    assert again == decided == record.Record(begun.plan, 0, decision={"promote": True, "reason": "better"})
+    assert record.decide(str(store), "default", again, None) == again
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"plan": "x", "start_step": 0, "more": 1}'])

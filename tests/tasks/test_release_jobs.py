@@ -16,10 +16,11 @@ from ckpt_core.errors import ArgumentError, HubConflictError
 from ckpt_core.hub import served
 from ckpt_core.hub.picture import CURVE_NAME
 from tasks import jobs, release_jobs
+from tasks.config import PolicySettings
 from tasks.worker.model import build_model
 from tasks.worker.tokenizer import load_tokenizer
 
-POLICY = {"metric": "heldout_loss", "direction": "lower", "margin": 0.0}
+POLICY = PolicySettings().model_dump()
 CARD = {"title": "A model", "summary": "A model."}
 
 
@@ -96,20 +97,20 @@ def place(tmp_path: Path, prepared: dict[str, Any]) -> Place:
 def test_only_a_better_export_replaces_a_release(place: Place, exports: Callable[[float], str]):
     """Without a release any export is promoted; then only a lower loss, or the very same export, is."""
     first = place.compare(exports(40.0))
-    assert (first["champion"], first["decision"]["promote"]) == (None, True)
+    assert (first["served"], first["champion"], first["decision"]["promote"]) == (None, None, True)
     place.publish(exports(40.0))
     same = place.compare(exports(40.0))
-    assert (same["champion"]["release"]["tag"], same["champion"]["same"]) == ("v1", True)
-    assert same["decision"]["promote"]
+    assert (same["served"]["tag"], same["same"], same["decision"]) == ("v1", True, None)
     better = place.compare(exports(5.0))
-    assert better["challenger"]["heldout_loss"] < better["champion"]["figures"]["heldout_loss"]
-    assert better["champion"]["figures"] == first["challenger"] == same["challenger"]
-    assert (better["champion"]["same"], better["decision"]["promote"]) == (False, True)
+    assert better["challenger"]["heldout_loss"] < better["champion"]["heldout_loss"]
+    assert better["champion"] == first["challenger"]
+    assert (better["same"], better["decision"]["promote"]) == (False, True)
     place.publish(exports(5.0))
     worse = place.compare(exports(40.0))
-    assert (worse["champion"]["release"]["tag"], worse["decision"]["promote"]) == ("v2", False)
+    assert (worse["served"]["tag"], worse["decision"]["promote"]) == ("v2", False)
     assert worse["decision"]["challenger"] == worse["challenger"]["heldout_loss"]
-    assert worse["decision"]["champion"] == worse["champion"]["figures"]["heldout_loss"]
+    assert worse["decision"]["champion"] == worse["champion"]["heldout_loss"]
+    assert first["data"] == better["data"] == worse["data"]
 
 
 def test_a_policy_may_ask_for_more(place: Place, exports: Callable[[float], str]):
@@ -118,7 +119,7 @@ def test_a_policy_may_ask_for_more(place: Place, exports: Callable[[float], str]
     wide = place.compare(exports(5.0), policy={**POLICY, "margin": 1000.0})
     assert not wide["decision"]["promote"]
     assert "less than the margin of 1000" in wide["decision"]["reason"]
-    accuracy = place.compare(exports(5.0), policy={"metric": "accuracy", "direction": "higher", "margin": 0.0})
+    accuracy = place.compare(exports(5.0), policy={**POLICY, "metric": "accuracy"})
     assert accuracy["decision"]["metric"] == "accuracy"
     assert not accuracy["decision"]["promote"]  # a scale changes no order: both guess the same tokens
     assert "equal is not better" in accuracy["decision"]["reason"]
@@ -187,6 +188,6 @@ def test_rolling_back_serves_the_old_content_by_a_new_commit(place: Place, expor
     back = release_jobs.roll_back({"to": "v1"} | place.target)
     assert back["tag"] == "v1"
     assert back["commit"] not in {first["commit"], second["commit"]}
-    assert place.compare(exports(40.0))["champion"]["same"]
+    assert place.compare(exports(40.0))["same"]
     with pytest.raises(ArgumentError, match="no tag 'v9'"):
         release_jobs.roll_back({"to": "v9"} | place.target)
