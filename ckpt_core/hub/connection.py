@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 # Seconds without a single byte; a large upload may take hours as long as it moves.
 CONNECT_SECONDS = 10.0
 IDLE_SECONDS = 120.0
+_CONFLICT = 409
 _WAITING = (429, 503)  # the answers that may say how long to wait
 
 
@@ -119,7 +120,7 @@ class _DeadlineFactory:
         hooks = client.event_hooks
         client.event_hooks = {
             "request": [*hooks.get("request", []), _set_deadline],
-            "response": [*hooks.get("response", []), _refuse_long_wait],
+            "response": [*hooks.get("response", []), _refuse_long_wait, _end_busy_loop],
         }
         return client
 
@@ -140,3 +141,13 @@ def _refuse_long_wait(response: "Response") -> None:
             f"{response.url.scheme}://{response.url.netloc.decode()}: HTTP {response.status_code}: the Hub wants no"
             f" request for {seconds:g} s; run it again then: what arrived is found and not sent twice"
         )
+
+
+def _end_busy_loop(response: "Response") -> None:
+    """Leave a loop of the client's: it asks for a new repository again and again while another one is being made."""
+    from huggingface_hub.utils import httpx
+
+    if response.status_code == _CONFLICT and response.url.path.endswith("/api/repos/create"):
+        response.read()
+        if "operation is in progress" in response.text:  # an error that passes, so that it is tried again, a few times
+            raise httpx.RemoteProtocolError("the Hub is busy with another repository of this account")

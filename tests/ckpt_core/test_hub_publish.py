@@ -1,8 +1,11 @@
 """Publishing to a local Hub: what is sent, what is refused, and what an error says."""
 
 import hashlib
+import json
 import os
 import signal
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from hub_child import child_environment_for, run_child
@@ -302,6 +305,47 @@ def test_a_hub_that_does_not_answer_is_not_waited_for(tmp_path):
     assert "no answer within" in seen[0]
     assert seen[1:] == ["timeout"]
     assert seconds < 5
+
+
+class BusyHub(BaseHTTPRequestHandler):
+    """A Hub that has no repositories, and is busy with making another one."""
+
+    def do_GET(self):
+        """Answer that there is nothing."""
+        self.answer(404, "Repository not found", "RepoNotFound")
+
+    def do_POST(self):
+        """Answer that a repository is being made."""
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.answer(409, "Cannot create repo: another conflicting operation is in progress")
+
+    def answer(self, status, message, code=""):
+        """Answer with an error, and count it."""
+        self.server.answered.append(status)
+        body = json.dumps({"error": message}).encode()
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        """Say nothing."""
+
+
+def test_a_hub_that_stays_busy_is_not_asked_for_ever(client, export):
+    """Where the client would ask for a new repository for as long as another is being made, a few tries are made."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), BusyHub) as server:
+        server.answered = []
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            with pytest.raises(HubError, match="busy with another repository of this account"):
+                client.publish(export, endpoint=f"http://127.0.0.1:{server.server_port}")
+        finally:
+            server.shutdown()
+            thread.join()
+    assert server.answered == [404] + [409] * 5
 
 
 def test_a_hub_that_is_not_there_is_named(client, export):

@@ -53,7 +53,7 @@ def test_there_is_an_end(waits):
 
 def test_what_does_not_pass_is_not_tried_again(waits):
     """Another error ends it at once."""
-    with pytest.raises(ValueError, match="^1$"):
+    with pytest.raises(ValueError, match=r"^1$"):
         persist(failing(1, ValueError), passes=passes)
     assert waits == []
 
