@@ -14,7 +14,7 @@ MANIFEST = "export.json"
 CARD = "README.md"
 _FORMAT_VERSION = 1
 LARGE_BYTES = 2**20
-"""Files above this size in bytes are sent one at a time, and are not read to be checked."""
+"""Files above this size in bytes are sent one at a time, and are not read where that can be helped."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -37,9 +37,9 @@ def read_contents(
 ) -> dict[str, Content]:
     """Return every file of the release by its path.
 
-    Names, sizes and the digests of small files are compared with `export.json`. Large files are not read: what the
-    target then holds is compared with the digests made when they were written. A `card` that is no text makes one of
-    what `export.json` says, where the export has none.
+    Names, sizes and the digests of small files are compared with `export.json`. Large files are not read, unless they
+    are newer than it: what the target then holds is compared with the digests made when they were written. A `card`
+    that is no text makes one of what `export.json` says, where the export has none.
 
     Raises:
         ArgumentError: no directory, two cards, or a picture whose name is taken or none.
@@ -82,6 +82,11 @@ def check_weights(export: Path) -> None:
 
 def _in_memory(data: bytes) -> Content:
     return Content(source=data, size=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read(path: Path) -> bytes:
@@ -133,9 +138,13 @@ def _check_directory(export: Path, listed: Mapping[str, Content]) -> None:
         raise DamagedError(f"{export}: {missing[0]} is in {MANIFEST} but not there; convert again")
     if extra := sorted(there.keys() - listed.keys()):
         raise DamagedError(f"{export}: {extra[0]} is there but not in {MANIFEST}; remove it, or convert again")
+    written = (export / MANIFEST).stat().st_mtime_ns  # it is the last file that a conversion writes
     for name, content in listed.items():
-        size = there[name].stat().st_size
-        if size != content.size:
-            raise DamagedError(f"{export}: {name} has {size} bytes, {MANIFEST} says {content.size}; convert again")
-        if content.size <= LARGE_BYTES and _in_memory(there[name].read_bytes()).sha256 != content.sha256:
+        status = there[name].stat()
+        if status.st_size != content.size:
+            raise DamagedError(
+                f"{export}: {name} has {status.st_size} bytes, {MANIFEST} says {content.size}; convert again"
+            )
+        looks_written_since = status.st_mtime_ns > written
+        if (content.size <= LARGE_BYTES or looks_written_since) and _sha256(there[name]) != content.sha256:
             raise DamagedError(f"{export}: {name} was changed after {MANIFEST} was written; convert again")

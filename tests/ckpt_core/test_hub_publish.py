@@ -464,6 +464,21 @@ def test_a_damaged_export_is_refused(export, how, message):
         read_contents(export, "")
 
 
+def test_large_weights_that_changed_after_the_export_are_read(tmp_path):
+    """A large file that is newer than export.json is read: another content is refused by name, the same is fine."""
+    export = write_export(tmp_path / "export", {"model.safetensors": weights(1, 400_000)})
+    content = (export / "model.safetensors").read_bytes()
+    for changed in (content[:-1] + bytes([content[-1] ^ 1]), content):
+        (export / "model.safetensors").write_bytes(changed)
+        later = (export / "export.json").stat().st_mtime_ns + 1
+        os.utime(export / "model.safetensors", ns=(later, later))
+        if changed == content:
+            assert "model.safetensors" in read_contents(export, "")
+        else:
+            with pytest.raises(DamagedError, match=r"model\.safetensors was changed after export\.json was written"):
+                read_contents(export, "")
+
+
 def test_a_damaged_export_reaches_no_server(client, export):
     """Publishing a damaged export ends before the first request."""
     damage(export, "size")

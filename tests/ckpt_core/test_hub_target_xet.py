@@ -106,3 +106,15 @@ def test_a_server_that_begins_anew_is_told_of(client, tmp_path):
     assert client.call_alone({}, "publish", export, REPO)["created"] is True
     client.call("download", REPO, "v1", directory=str(tmp_path / "copy"))
     assert files_below(tmp_path / "copy").items() >= files_below(export).items()
+
+
+def test_weights_of_another_digest_do_not_arrive(client, tmp_path):
+    """Weights that changed and look as old as their digest, which the client does not compute again, are refused."""
+    export = write_export(tmp_path / "export", sharded_files([1, 2], 300_000))
+    path = export / "model-00001-of-00002.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(path, (0, 0))
+    with pytest.raises(HubError):
+        client.publish(export)
+    assert client.titles() == ["initial commit"]
