@@ -14,7 +14,7 @@ from prefect.runtime import flow_run
 from pydantic import Field
 
 from ckpt_core import PyTorchCheckpoint, open_checkpoint, open_store
-from ckpt_core.errors import CheckpointError
+from ckpt_core.errors import CkptError
 from ckpt_core.retention import Retention
 from ckpt_core.store import local_path, step_name
 from flows.convert import default_target
@@ -74,7 +74,7 @@ def retrain(
             always does.
     """
     store = local_path(store).as_uri()
-    check_hub(hub)
+    check_hub(hub, tokens=True)
     plan = {
         "model": model.model_dump(),
         "data": data.model_dump(),
@@ -113,7 +113,7 @@ def _tidy(store: str, run: str, keep_checkpoints: int, keep_releases: int) -> No
     try:
         releases.let_go(store, run, keep_releases)
         errors = open_store(store).prune(run, Retention(keep_last=keep_checkpoints)).errors
-    except (CheckpointError, OSError) as error:
+    except (CkptError, OSError) as error:
         errors = (str(error),)
     for error in errors:
         logger.warning("old checkpoints of run %s: %s", run, error)

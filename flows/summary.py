@@ -112,7 +112,7 @@ class Summary:
             kept = champion.get("tag") or str(champion.get("commit", "nothing"))[:12]
             lines = [f"kept {kept}  {(self.decision or {})['reason']}"]
             if self.candidate is not None:
-                lines.append(f"candidate   {self.candidate['name']}, uploaded and not served")
+                lines.append(f"candidate   candidate/{self.candidate['name']}, uploaded and not served")
             return lines
         state = "published" if self.release["created"] else "published before, unchanged:"
         return [

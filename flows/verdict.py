@@ -127,7 +127,7 @@ def _ask(at: Destination, decision: Mapping[str, Any], candidate: Mapping[str, A
     """Pause the flow run until a person has answered on its page; None if nobody does in time."""
     text = (
         f"## Publish to {at.address}?\n\n{decision['reason']}\n\n"
-        f"It is uploaded and verified as candidate `{candidate['name']}`, and is not served yet."
+        f"It is uploaded and verified as `candidate/{candidate['name']}`, and is not served yet."
     )
     form = Approval.with_initial_data(description=text)
     try:

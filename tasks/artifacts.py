@@ -76,7 +76,7 @@ def release_card(run: str, at: Destination, verdict: Mapping[str, Any], compared
     else:
         title, rows = f"Kept {_served(compared)}", _where(at)
     if candidate is not None:
-        rows["Candidate"] = f"`{candidate['name']}`, uploaded and not served"
+        rows["Candidate"] = f"`candidate/{candidate['name']}`, uploaded and not served"
     if decision and "approval" in decision:
         approval = decision["approval"]
         rows["Asked"] = f"{'approved' if approval['approved'] else 'not approved'}: {_line(approval['comment'])}"

@@ -74,21 +74,26 @@ def destination(store: str, settings: HubSettings) -> Generator[Destination]:
             yield Destination(where, server.endpoint, f"{LOCAL_HUB}/{where}", directory, block)
 
 
-def check_hub(settings: HubSettings) -> None:
+@task(task_run_name="check the way to {settings.repo_id}")
+def check_hub(settings: HubSettings, tokens: bool = False) -> None:
     """Refuse to begin what could not be published. Sends nothing.
 
+    Args:
+        settings: of the Hub.
+        tokens: whether models will be compared on prepared tokens.
+
     Raises:
-        ArgumentError: target, endpoint or policy is none; or there is no Secret block of that name.
+        ArgumentError: target, endpoint or policy is none; or there is no such template, or no such Secret block.
         HubAuthError: a remote Hub, and no token; or no https.
     """
-    _check_policy(settings.policy)
-    if settings.token_block is not None:
-        _read_block(settings.token_block)
+    _check_policy(settings.policy, tokens=tokens)
+    if settings.card_template is not None and not Path(settings.card_template).is_file():
+        raise ArgumentError(f"hub.card_template {settings.card_template!r}: no such file (from {Path.cwd()}).")
+    token = None if settings.token_block is None else _read_block(settings.token_block)
     if is_address(settings.repo_id):
         return
     check_repo_id(settings.repo_id)
     if settings.endpoint is not None and not is_loopback(check_endpoint(settings.endpoint)):
-        token = None if settings.token_block is None else _read_block(settings.token_block)
         Connection.open(settings.endpoint, token, write=True)
 
 
@@ -191,8 +196,12 @@ def _run(name: str, at: Destination, request: Mapping[str, Any]) -> dict[str, An
     return run_job(name, {**request, "where": at.where, "endpoint": at.endpoint}, env=environment, token=token)
 
 
-def _check_policy(settings: PolicySettings) -> None:
+def _check_policy(settings: PolicySettings, *, tokens: bool) -> None:
     metric = settings.metric or "heldout_loss"
+    if tokens and metric == "bits_per_byte":
+        raise ArgumentError(
+            "hub.policy.metric 'bits_per_byte': of tokens it is not known how many bytes they were; take the loss"
+        )
     Policy(metric, settings.direction or METRICS[metric].direction, settings.margin)
 
 

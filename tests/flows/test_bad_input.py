@@ -62,12 +62,16 @@ def test_an_unknown_key_is_named(tmp_path: Path, text: Path, changes: dict[str, 
         ({"repo_id": "team/m", "endpoint": "https://hub.invalid"}, "no token found; set HF_TOKEN"),
         ({"repo_id": "team/m", "endpoint": "hub.invalid"}, "is not the address of a Hub; write it like https://"),
         ({"repo_id": "team/a--b"}, "is not a repository on the Hub; write it like my-team/my-model"),
+        ({"repo_id": "team/m", "token_block": "none-such"}, "no Secret block of that name; make one in Prefect"),
+        ({"repo_id": "team/m", "card_template": "none-such.md"}, "hub.card_template 'none-such.md': no such file"),
+        ({"repo_id": "team/m", "policy": {"metric": "bits_per_byte"}}, "not known how many bytes they were"),
+        ({"repo_id": "team/m", "policy": {"metric": "accuracy", "direction": "lower"}}, "direction 'lower'"),
     ],
 )
 def test_a_retrain_that_could_not_be_published_does_not_begin(
     tmp_path: Path, text: Path, hub: dict[str, Any], told: str
 ):
-    """A missing token, a wrong address and a wrong name are told before any training."""
+    """A missing token or template, a wrong address, name or policy are told before any training."""
     message = failure(retrain, **tiny_retrain(tmp_path / "store", text, hub=HubSettings(**hub)))
     assert told in message
     assert not (tmp_path / "store").exists()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextvars
 import json
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -351,6 +352,40 @@ def test_a_person_may_approve_it(world: World):
     assert candidates(world) == left
 
 
+def test_a_stop_before_the_record_is_made_up_for(world: World, monkeypatch: pytest.MonkeyPatch):
+    """A flow run that ends between promotion and record is run again: no second commit, and the record is there."""
+    address = f"{world.server.endpoint}/{REPO}"
+    with monkeypatch.context() as patch:
+        patch.setattr(releases, "crown", stop)
+        assert world.publish("fair").is_failed()
+    release = world.main()
+    assert (release.tag, world.champion()) == ("v5", 2)
+    assert releases.find(str(world.store), "tiny", address, "v5") is None
+    again = world.publish("fair", data=world.heldout).result()["release"]
+    assert (again["tag"], again["commit"], again["created"]) == ("v5", release.commit, False)
+    kept = releases.find(str(world.store), "tiny", address, "v5")
+    assert kept is not None
+    assert (kept.step, kept.commit, world.champion()) == (1, release.commit, 1)
+
+
+def stop(*_: Any) -> None:
+    """End a flow run as a full disk does."""
+    raise OSError("no room")
+
+
+def test_a_directory_serves_releases_as_well(world: World):
+    """With the same versions, record, champion and way back; no server is in it."""
+    where, made = world.root / "served", world.made
+    hub = HubSettings(repo_id=str(where))
+    for name, tag in (("best", "v1"), ("bad", "v2")):
+        assert world.publish(name, hub=hub).result()["release"]["tag"] == tag
+        assert (where / "main" / "export.json").read_bytes() == Path(made[name].export, "export.json").read_bytes()
+        assert world.champion() == made[name].step
+    state = rollback(str(world.store), "tiny", str(where), "v1", return_state=True)
+    assert state.result()["champion"] == world.champion() == made["best"].step
+    assert (where / "main" / "export.json").read_bytes() == Path(made["best"].export, "export.json").read_bytes()
+
+
 def test_a_token_that_may_only_read_is_told(world: World):
     """The flow run ends Failed with what to do, and says no token."""
     read_only = "hf_" + "onlyreads" * 3
@@ -375,6 +410,16 @@ def test_an_export_of_another_checkpoint_is_refused(world: World):
     state = world.publish("good", checkpoint=world.made["bad"].url)
     assert state.is_failed()
     assert "made of sha256:" in state.message
+
+
+def test_a_rollback_to_what_has_no_checkpoint_any_more(world: World):
+    """`main` goes back all the same, and the champion stays what it is."""
+    before = world.champion()
+    open_store(world.store).unpin("tiny", "released-3")
+    shutil.rmtree(world.store / "tiny" / "step_0000000003")
+    state = world.roll_back("v2")
+    assert state.result()["champion"] == world.champion() == before
+    assert world.loads.load(REPO) == world.made["good"].digests
 
 
 def test_the_token_is_nowhere(world: World):

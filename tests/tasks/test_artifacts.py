@@ -162,7 +162,7 @@ def test_a_release_card_tells_what_a_person_said(shown: list[dict[str, Any]]):
     artifacts.release_card("tiny", HUB, verdict(decision=asked, release=None, candidate=CANDIDATE), COMPARED)
     [card] = shown
     assert "| Asked | not approved: too slow \\| bad |" in card["data"]
-    assert "| Candidate | `feedfacecafebeef`, uploaded and not served |" in card["data"]
+    assert "| Candidate | `candidate/feedfacecafebeef`, uploaded and not served |" in card["data"]
 
 
 def test_a_release_without_an_evaluation_says_so(shown: list[dict[str, Any]]):
