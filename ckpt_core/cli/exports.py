@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ckpt_core.cli.bar import Bar
 from ckpt_core.cli.command import Answer, Commands
 from ckpt_core.errors import ArgumentError
-from ckpt_core.workers import count_workers
+from ckpt_core.workers import count_workers, share_heap
 
 if TYPE_CHECKING:
     from ckpt_core.export import Assets
@@ -93,6 +93,7 @@ def _convert(options: argparse.Namespace) -> Answer:
         return _show(plan, began)
     settings["overwrite"], settings["allow_nonfinite"] = options.overwrite, options.allow_nonfinite
     settings["digest"], settings["workers"] = options.digest, options.workers
+    share_heap()
     with Bar() as bar:
         settings["progress"] = bar.show
         if step:

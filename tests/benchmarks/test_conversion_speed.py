@@ -130,6 +130,8 @@ def test_memory(race: Any, benchmark: Any, checkpoint: Any, memory: Path) -> Non
         str(config),
         "--dtype",
         "bfloat16",
+        "--max-shard-size",  # so that files are written at the same time
+        "500MB",
     ]
     peaks: list[float] = []
     benchmark.pedantic(lambda: peaks.append(_peak_anonymous(command)), rounds=1)
