@@ -33,21 +33,33 @@ def compare_with_checkpoint(url: str, export: Place) -> list[Check]:
     """Load an export with `from_pretrained`, restore the checkpoint with torch's own loader, and compare the two.
 
     Without a cast tensors and logits must be the same bit for bit; with one, the same as the checkpoint's when cast. Of
-    a LoRA adapter's export the tensors are the adapter's; a merged one is compared with what PEFT merges.
+    a LoRA adapter's export the tensors are the adapter's, and there are no logits where the checkpoint has no model to
+    put it on; a merged one is compared with what PEFT merges.
     """
-    restored = restore_model(url)
+    adapter = adapters.find_stored(url)
     with local_copy(export) as directory:
-        if adapters.has_adapter(directory):
-            exported = adapters.load_adapter(restored, directory)
-            ours, theirs = (adapters.trained_tensors(stored_tensors(model)) for model in (exported, restored))
-            adapters.cast_as_stored(theirs, directory)
-            keys = [_keys("missing", theirs.keys() - ours), _keys("unexpected", ours.keys() - theirs)]
-            return [*keys, _tensors(ours, theirs), _logits(exported, restored, directory)]
+        exports_adapter = adapters.has_adapter(directory)
+        if adapter and adapter.alone and exports_adapter:
+            return _same_tensors(adapters.exported_tensors(directory), adapters.stored_tensors(adapter))
+        restored = restore_model(url)
+        if adapter and exports_adapter:
+            exported = adapters.load_adapter(restored, directory, adapter.name)
+            ours, theirs = (
+                adapters.trained_tensors(stored_tensors(model), adapter.name) for model in (exported, restored)
+            )
+            adapters.cast_as_stored(theirs, adapter.name, directory)
+            return [*_same_tensors(ours, theirs), _logits(exported, restored, directory)]
         restored = adapters.merged(restored)
         exported, info = type(restored).from_pretrained(directory, output_loading_info=True)
         keys = [_keys(name, info[f"{name}_keys"]) for name in ("missing", "unexpected", "mismatched")]
         tensors = _tensors(stored_tensors(exported), stored_tensors(restored))
         return [*keys, tensors, _logits(exported, restored, directory)]
+
+
+def _same_tensors(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> list[Check]:
+    """Compare an export's tensors with those that were restored, and which there are."""
+    keys = [_keys("missing", theirs.keys() - ours), _keys("unexpected", ours.keys() - theirs)]
+    return [*keys, _tensors(ours, theirs)]
 
 
 def _tensors(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> Check:
@@ -84,8 +96,9 @@ def restore_model(url: str) -> Any:
         if not named:
             raise NotACheckpointError(f"{assets}/config.json: names no architectures, so the model's class is unknown.")
         model = named_class(named[0])(config).eval()
-        if adapters.has_adapter(directory):
-            model = adapters.with_adapter(model, directory)
+        adapter = adapters.find_stored(url)
+        if adapter is not None:
+            model = adapters.with_adapter(model, directory, adapter.name)
     PyTorchCheckpoint.from_url(url).restore(model)
     return model
 
