@@ -16,6 +16,8 @@ _FORMAT_VERSION = 1
 LARGE_BYTES = 2**20
 """Files above this size in bytes are sent one at a time, and are not read where that can be helped."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_OF_A_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(.*)", re.DOTALL)
+"""A URL that was made a path, which has one slash where a URL has two."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,10 @@ def read_contents(
     that is no text makes one of what `export.json` says, where the export has none.
 
     Raises:
-        ArgumentError: no directory, two cards, or a picture whose name is taken or none.
+        ArgumentError: no local directory, two cards, or a picture whose name is taken or none.
         DamagedError: the directory and `export.json` do not agree.
     """
-    if not export.is_dir():
-        raise ArgumentError(f"{export} is not a directory; publish takes what ckpt convert wrote")
+    _check_local(export)
     manifest = _in_memory(_read(export / MANIFEST))
     record = _record(export, cast("bytes", manifest.source))
     contents = _listed(export, record)
@@ -78,6 +79,17 @@ def check_weights(export: Path) -> None:
     from ckpt_core.hf_weights import read_weights
 
     read_weights(export)
+
+
+def _check_local(export: Path) -> None:
+    if export.is_dir():
+        return
+    if url := _OF_A_URL.fullmatch(str(export)):
+        raise ArgumentError(
+            f"{url[1]}://{url[2]} is a URL, and only local exports are published: copy it to a "
+            "directory, with export.json last, and publish that; or convert to a local directory"
+        )
+    raise ArgumentError(f"{export} is not a directory; publish takes what ckpt convert wrote")
 
 
 def _in_memory(data: bytes) -> Content:

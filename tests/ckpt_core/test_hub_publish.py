@@ -503,6 +503,13 @@ def test_an_export_brings_one_card(tmp_path, export):
         read_contents(tmp_path / "none", default)
 
 
+def test_an_export_in_a_bucket_is_to_be_copied_first(client):
+    """The URL of an export is an ArgumentError that names it and says what to do, before any request."""
+    with pytest.raises(ArgumentError, match=r"^s3://bucket/exports/one is a URL, .* copy it to a directory"):
+        client.publish("s3://bucket/exports/one")
+    assert client.requests == []
+
+
 def test_the_default_card_says_what_was_not_evaluated(client, export):
     """A release without a card of its own gets one that says it was not evaluated, and names the checkpoint."""
     client.publish(export)
