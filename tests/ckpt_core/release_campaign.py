@@ -81,14 +81,11 @@ SCENES = {
 class Campaign:
     """Runs scenes with a disturbance in them, and counts them."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, xet: bool = False) -> None:
         self.cases = 0
         self.faults = Faults()
-        self._exports = {
-            "one": write_export(directory / "one", sharded_files([1, 2], 600)),
-            "two": write_export(directory / "two", sharded_files([1, 3], 600)),
-        }
-        environment = {"HF_TOKEN": TOKEN, "TEST_IDLE_SECONDS": str(IDLE_SECONDS)}
+        self._exports = {"one": directory / "one", "two": directory / "two"}
+        environment = {"HF_TOKEN": TOKEN, "TEST_IDLE_SECONDS": str(IDLE_SECONDS), "HF_HUB_DISABLE_XET": "01"[not xet]}
         self._client = Client(directory, environment, token=TOKEN, faults=self.faults)
         self._client.program = DYING + WORKER
         self._scene, self._repo, self._begun = SCENES["first release"], "", []
@@ -105,6 +102,9 @@ class Campaign:
         self.cases += 1
         self.faults.clear()
         self._scene, self._repo = SCENES[scene], f"team/case-{self.cases}"
+        seeds = [3 * self.cases, 3 * self.cases + 1, 3 * self.cases + 2]  # no bytes that are in another repository
+        write_export(self._exports["one"], sharded_files(seeds[:2], 600))
+        write_export(self._exports["two"], sharded_files(seeds[::2], 600))
         for name, argument in self._scene.before:
             self._call(name, argument)
         self._begun = self._titles()
