@@ -79,7 +79,9 @@ def _candidate(options: argparse.Namespace, compared: Comparison | None) -> Cand
     from ckpt_core.hub.comparison import compared_card
     from ckpt_core.hub.contents import CARD
 
-    card, parent = None, compared.served.commit if compared and compared.served else None
+    card = parent = None
+    if compared:
+        parent = compared.served.commit if compared.served else ""
     if compared and compared.same:
         return Candidate(options.where, "", parent or "", parent)
     if compared and not (Path(options.export) / CARD).exists():

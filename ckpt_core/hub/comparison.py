@@ -13,10 +13,11 @@ from ckpt_core.errors import ArgumentError, DamagedError
 from ckpt_core.evaluation import METRICS, Evaluation, evaluate
 from ckpt_core.heldout import read_rows
 from ckpt_core.hub.card_facts import export_card
-from ckpt_core.hub.contents import MANIFEST, read_contents
+from ckpt_core.hub.contents import CARD, MANIFEST, Content, read_contents
+from ckpt_core.hub.picture import CURVE_NAME
 from ckpt_core.hub.releases import Release
 from ckpt_core.hub.serving import download, served
-from ckpt_core.hub.target import open_target
+from ckpt_core.hub.target import Tree, open_target
 from ckpt_core.policy import Decision, Policy, decide
 
 
@@ -76,7 +77,7 @@ def compare(
     release = served(where, endpoint=endpoint, token=token)
     if release is not None:
         tree = open_target(where, endpoint=endpoint, token=token).tree(release.commit)
-        if tree[MANIFEST].holds(contents[MANIFEST]):  # which names every other file with its digest
+        if _is_release_of(tree, contents, tagged=release.tag is not None):
             return Comparison(release, same=True, challenger=None, champion=None, decision=None)
     challenger, champion = evaluate(export, data, trust_remote_code=trust_remote_code), None
     if release is not None:
@@ -101,6 +102,12 @@ def compared_card(
         evaluated_on={"name": Path(data).name, "fingerprint": cast("Evaluation", comparison.challenger).fingerprint},
         decision=figures["decision"]["reason"],
     )
+
+
+def _is_release_of(tree: Tree, contents: Mapping[str, Content], *, tagged: bool) -> bool:
+    """Whether a tree is an export with any card and, untagged, no pictures but ours: a hand may have added files."""
+    held = all(path in tree and tree[path].holds(contents[path]) for path in contents.keys() - {CARD})
+    return held and (tagged or tree.keys() - contents.keys() <= {CURVE_NAME})
 
 
 def _evaluate_served(

@@ -16,7 +16,7 @@ from ckpt_core.hub.card_facts import export_card
 from ckpt_core.hub.contents import Content, check_weights, name_of, read_contents
 from ckpt_core.hub.releases import Release, check_tag, describe, next_version, tag_of
 from ckpt_core.hub.target import Progress, State, Target, Tree, open_target
-from ckpt_core.hub.verification import advance, differs, other_bytes, read_back_all
+from ckpt_core.hub.verification import advance, differs, holds_model, other_bytes, read_back_all
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,8 @@ def stage(
         token: default: `HF_TOKEN`, or a stored login.
         card: the text of README.md (see `render_card`); default: a minimal one.
         pictures: files to lie beside the card, by name.
-        parent: the commit that `main` must be at: the one that a decision was made against; default: whichever it is.
+        parent: the commit that `main` must be at: the one that a decision was made against, empty where it served no
+            model; default: whichever it is.
         progress: told of the bytes that were sent.
         read_back: read every byte from the target too, and compare its sha256.
 
@@ -116,11 +117,7 @@ def stage(
         _check_same(target, tag, state.tags[tag], contents)
     commit = state.head
     if commit is None or differs(target.tree(commit), contents):
-        if parent is not None and state.head != parent:
-            raise HubConflictError(
-                f"{target.where}: main is at {state.head}, and the decision to publish was made against {parent}; "
-                "nothing was sent. Compare with what main serves now, then publish again"
-            )
+        _check_parent(target, state.head, parent)
         check_weights(Path(export))
         commit = target.stage(name, contents, state.head, progress)
         if wrong := differs(target.tree(commit), contents):
@@ -181,6 +178,15 @@ def _tag_for(target: Target, state: State, candidate: Candidate, wanted: Tree, *
     unfinished = candidate.name in state.candidates
     same = {tag: commit for tag, commit in state.tags.items() if commit == state.head or not unfinished}
     return tag_of(target, same, state.head, wanted) or next_version(state.tags)
+
+
+def _check_parent(target: Target, head: str | None, parent: str | None) -> None:
+    if parent is None or head == parent or (not parent and (head is None or not holds_model(target.tree(head)))):
+        return
+    raise HubConflictError(
+        f"{target.where}: main is at {head}, and the decision to publish was made against {parent or 'no model'}; "
+        "nothing was sent. Compare with what main serves now, then publish again"
+    )
 
 
 def _check_same(target: Target, tag: str, commit: str, contents: Mapping[str, Content]) -> None:

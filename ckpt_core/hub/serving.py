@@ -4,10 +4,9 @@ from os import PathLike
 from pathlib import Path
 
 from ckpt_core.errors import ArgumentError, HubContentError, HubError
-from ckpt_core.hub.contents import MANIFEST
 from ckpt_core.hub.releases import Release, describe, tag_of
 from ckpt_core.hub.target import open_target
-from ckpt_core.hub.verification import advance
+from ckpt_core.hub.verification import advance, holds_model
 
 
 def roll_back(where: str | PathLike[str], to: str, *, endpoint: str | None = None, token: str | None = None) -> Release:
@@ -38,15 +37,15 @@ def roll_back(where: str | PathLike[str], to: str, *, endpoint: str | None = Non
 def served(where: str | PathLike[str], *, endpoint: str | None = None, token: str | None = None) -> Release | None:
     """Return the release that `main` serves: its commit, and the tag of that commit or, after a roll back, of its tree.
 
-    None without a repository, or where `main` holds no export. Raises HubError where the target does not answer,
-    HubAuthError where it does not accept the token.
+    None without a repository, or where `main` holds no model; one that this library did not publish has no tag. Raises
+    HubError where the target does not answer, HubAuthError where it does not accept the token.
     """
     target = open_target(where, endpoint=endpoint, token=token)
     state = target.read()
     if state.head is None:
         return None
     tree = target.tree(state.head)
-    if MANIFEST not in tree:
+    if not holds_model(tree):
         return None
     return describe(target, tag_of(target, state.tags, state.head, tree), state.head, tree, created=False)
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from ckpt_core.errors import HubContentError
-from ckpt_core.hub.contents import Content
+from ckpt_core.hub.contents import MANIFEST, Content
 from ckpt_core.hub.target import Target, Tree
 
 
@@ -15,6 +15,11 @@ def advance(target: Target, source: str, parent: str | None, message: str, wante
         if wanted.get(path) != found.get(path):
             raise other_bytes(target, commit, path)
     return commit
+
+
+def holds_model(tree: Tree) -> bool:
+    """Whether a tree is more than a card and what else may lie beside none: an export, or a model from elsewhere."""
+    return any(path == MANIFEST or path.endswith("config.json") for path in tree)
 
 
 def differs(tree: Tree, contents: Mapping[str, Content]) -> str | None:

@@ -10,7 +10,7 @@ from small_transformers import model_of, save_pretrained, tokenizer
 
 from ckpt_core import cli
 from ckpt_core.evaluation import evaluate
-from ckpt_core.hub import download, served
+from ckpt_core.hub import comparison, download, publish, served
 
 TEXT = "w1 w2 w3 w4 w5 w6 w7 w8 w9 w10 w11 w12"
 
@@ -116,3 +116,43 @@ def test_an_export_that_diverged_is_never_served(ckpt, places, tmp_path):
     assert (status, found["challenger"]["bits_per_byte"]) == (1, None)
     assert "what has no finite figure cannot win" in found["decision"]["reason"]
     assert served(hub) is None
+
+
+def test_a_model_that_another_tool_pushed_is_the_champion_too(ckpt, places):
+    """Where main holds a model without an `export.json`, a worse export is refused as beside any other."""
+    hub, text, worse, better = places
+    assert ckpt("publish", better, hub)[0] == 0
+    (hub / "main" / "export.json").unlink()
+    status, found = ckpt("publish", worse, hub, "--eval", text)
+    assert (status, found["decision"]["promote"]) == (1, False)
+    assert found["champion"] is not None
+
+
+def test_what_was_changed_by_hand_gets_no_tag(ckpt, places):
+    """Where main is a release with a file more, or another config, publishing that export again does not tag main."""
+    hub, text, worse, _ = places
+    assert ckpt("publish", worse, hub)[0] == 0
+    publish(worse, hub, pictures={"notes.txt": b"by hand"})
+    (hub / "versions" / "v2.json").unlink()
+    assert ckpt("publish", worse, hub, "--eval", text)[0] == 1
+    (hub / "main" / "config.json").chmod(0o644)
+    (hub / "main" / "config.json").write_text("{}")
+    assert ckpt("publish", worse, hub, "--eval", text)[0] == 1
+    assert [path.stem for path in (hub / "versions").iterdir()] == ["v1"]
+
+
+def test_what_was_published_meanwhile_is_not_replaced(ckpt, places, monkeypatch):
+    """Where nothing was served when an export was evaluated, and something is when it is sent, it is refused."""
+    hub, text, worse, better = places
+    compare_with_served = comparison.compare
+
+    def slowly(*arguments, **options):
+        found = compare_with_served(*arguments, **options)
+        publish(better, hub)
+        return found
+
+    monkeypatch.setattr(comparison, "compare", slowly)
+    status, found = ckpt("publish", worse, hub, "--eval", text)
+    assert status == 1
+    assert "the decision to publish was made against no model; nothing was sent" in found["error"]["message"]
+    assert [path.stem for path in (hub / "versions").iterdir()] == ["v1"]
