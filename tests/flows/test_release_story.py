@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextvars
 import json
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,10 +26,10 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, Fl
 from prefect.client.schemas.objects import StateType
 from prefect.settings import get_current_settings
 from small_releases import Loader, Made, loader, make_export
-from small_retrain import TINY, artifacts_of, log_of, tiny_data, tiny_retrain, tiny_step, write_text
+from small_retrain import REPOSITORY, TINY, artifacts_of, log_of, tiny_data, tiny_retrain, tiny_step, write_text
 
 from ckpt_core import open_checkpoint, open_store
-from ckpt_core.hub import Release, served
+from ckpt_core.hub import Release, download, served
 from ckpt_core.testing.hub_server import HubServer, hub_server
 from flows.publish import publish
 from flows.retrain import retrain
@@ -143,7 +145,7 @@ def test_a_worse_model_is_refused(world: World):
     assert verdict["decision"]["reason"] in card.data
 
 
-def test_a_better_model_is_published(world: World):
+def test_a_better_model_is_published(world: World, tmp_path: Path):
     """It becomes v2, and decision and figures are in the record, on the card and in the artifact."""
     state = world.publish("good", data=world.heldout)
     verdict = state.result()
@@ -157,6 +159,11 @@ def test_a_better_model_is_published(world: World):
     assert world.champion() == 3
     [card] = artifacts_of(state.state_details.flow_run_id)
     assert f"| {kept.decision['challenger']:.4f} | {kept.decision['champion']:.4f} |" in card.data
+    release = download(REPO, "v2", endpoint=world.server.endpoint, token=TOKEN, directory=tmp_path / "v2")
+    text = (release / "README.md").read_text()
+    figures = (f"| {kept.decision[name]:.6g} |" for name in ("challenger", "champion"))
+    for told in (kept.digest, *figures, "model-index:"):
+        assert told in text
 
 
 def test_a_rollback_restores_the_old_model_and_the_champion_follows(world: World):
@@ -420,6 +427,16 @@ def test_a_rollback_to_what_has_no_checkpoint_any_more(world: World):
     state = world.roll_back("v2")
     assert state.result()["champion"] == world.champion() == before
     assert world.loads.load(REPO) == world.made["good"].digests
+
+
+@pytest.mark.parametrize(
+    ("name", "usage"), [("publish", "EXPORT REPO [DATA]"), ("rollback", "STORE RUN REPO TAG [ENDPOINT]")]
+)
+def test_each_flow_is_a_program(name: str, usage: str):
+    """Without arguments it says which it takes."""
+    command = [sys.executable, "-m", f"flows.{name}"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stderr) == (1, f"usage: python -m flows.{name} {usage}\n")
 
 
 def test_the_token_is_nowhere(world: World):

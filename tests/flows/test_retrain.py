@@ -299,10 +299,11 @@ def test_two_retrains_of_one_run_exclude_each_other(story: Story, tmp_path: Path
     assert open_store(tmp_path / "store").list("tiny") == []
 
 
-def test_importing_the_flow_loads_no_heavy_module():
-    """A fresh `import flows.retrain` loads neither torch nor what is only needed when a task runs."""
+def test_importing_the_flows_loads_no_heavy_module():
+    """A fresh import of all flows loads neither torch nor what is only needed when a task runs."""
     heavy = ["torch", "transformers", "datasets", "huggingface_hub", "matplotlib", "uvicorn", "numpy"]
-    script = f"import flows.retrain, sys; print([name for name in {heavy} if name in sys.modules])"
+    flows = "flows.convert, flows.publish, flows.retrain, flows.rollback"
+    script = f"import {flows}, sys; print([name for name in {heavy} if name in sys.modules])"
     child = subprocess.run(
         [sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=120
     )
