@@ -16,7 +16,7 @@ from ckpt_core.errors import ArgumentError
 from ckpt_core.export.adapter import find_adapter
 from ckpt_core.export.adapter_config import ADAPTER_CONFIG_NAME, adapter_assets, adapter_config, find_adapter_config
 from ckpt_core.export.adapter_plan import ADAPTER_WEIGHTS_NAME, plan_adapter
-from ckpt_core.export.assets import CONFIG_NAME
+from ckpt_core.export.carried import CONFIG_NAME
 from ckpt_core.export.names import Table
 from ckpt_core.format.index import read_index
 from ckpt_core.safetensors_header import read_header

@@ -6,7 +6,8 @@ that equal input gives equal bytes.
 
 from __future__ import annotations
 
-from ckpt_core.export.assets import EXPORT_NAME, Assets
+from ckpt_core.export.assets import Assets
+from ckpt_core.export.carried import EXPORT_NAME
 from ckpt_core.export.conversion import (
     abandon_conversion,
     begin_conversion,

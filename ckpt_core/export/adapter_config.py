@@ -6,12 +6,13 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from ckpt_core.durable import file_size, files_below
 from ckpt_core.errors import DamagedError, MismatchError, NotACheckpointError
-from ckpt_core.export.assets import CONFIG_NAME, EXPORT_NAME, PLAIN_SUFFIXES, Assets, read_assets
+from ckpt_core.export.assets import Assets, read_assets
+from ckpt_core.export.carried import CONFIG_NAME, EXPORT_NAME, PLAIN_SUFFIXES
 
 if TYPE_CHECKING:
     from ckpt_core.urls import Place
@@ -140,7 +141,8 @@ def adapter_assets(directory: Place, others: Iterable[Place] = ()) -> Assets:
     found = [_read(place) for place in (*others, directory)]
     configs = [assets.config for assets in found if assets.config]
     files = {name: data for assets in found for name, data in assets.files.items()}
-    return with_adapter_config(Assets(configs[-1] if configs else {}, files), directory)
+    rules = dict.fromkeys(rule for assets in found for rule in assets.rules)
+    return with_adapter_config(Assets(configs[-1] if configs else {}, files, tuple(rules)), directory)
 
 
 def with_adapter_config(assets: Assets, directory: Place) -> Assets:
@@ -155,7 +157,7 @@ def with_adapter_config(assets: Assets, directory: Place) -> Assets:
             f"{directory}: no {ADAPTER_CONFIG_NAME} in it; give the directory where PEFT's save_pretrained, or "
             "peft_config.save_pretrained, wrote it."
         )
-    return Assets(assets.config, {**assets.files, ADAPTER_CONFIG_NAME: path.read_bytes()})
+    return replace(assets, files={**assets.files, ADAPTER_CONFIG_NAME: path.read_bytes()})
 
 
 def _read(directory: Place) -> Assets:

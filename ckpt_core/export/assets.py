@@ -7,37 +7,33 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ckpt_core import durable
 from ckpt_core.errors import DamagedError, MismatchError, NotACheckpointError, UntrustedError
+from ckpt_core.export.carried import CONFIG_NAME, choose
 
 if TYPE_CHECKING:
     from ckpt_core.urls import Place
 
-CONFIG_NAME = "config.json"
-EXPORT_NAME = "export.json"
-PLAIN_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".md")
-"""Of configs, of the files of a tokenizer, and of a description."""
-
-_WEIGHT_SUFFIXES = (
-    ".safetensors", ".bin", ".pt", ".pth", ".safetensors.index.json", ".bin.index.json", ".distcp", ".gguf", ".h5",
-    ".msgpack", ".onnx", ".onnx_data", ".ot", ".tflite",
-)  # fmt: skip
-"""Of files that hold weights, of this model as it was or of another one."""
+_PART = re.compile(r".+/.+|.*processor_config\.json|modules\.json|.*sentence_.*\.json")
+"""Files of a model that are neither its config nor its tokenizer's, nor tell of it as it was."""
 
 
 @dataclass(frozen=True)
 class Assets:
-    """A model's config, and the other files of an export by name; weights are not among them."""
+    """A model's config, and the other files of an export by name; the model's weights are not among them."""
 
     config: Mapping[str, Any]
     files: Mapping[str, bytes]
+    rules: tuple[str, ...] = ()
+    """What a plan says of weights that are carried as they are, and of what is left out."""
 
 
 def read_assets(directory: Place, *, trust_remote_code: bool = False) -> Assets:
@@ -55,32 +51,21 @@ def read_assets(directory: Place, *, trust_remote_code: bool = False) -> Assets:
         )
     config = _parse_config(path)
     found = dict(durable.files_below(directory))
-    files = {name: found[name].read_bytes() for name in _carried(found)}
+    carried = choose(found, directory)
+    files = {name: found[name].read_bytes() for name in carried.names}
     code = [name for name in files if name.endswith(".py")] or ["auto_map"] * ("auto_map" in config)
     if code and not trust_remote_code:
         raise UntrustedError(
             f"{directory}: brings Python code along ({code[0]}), which loading the export would run; pass "
             "trust_remote_code if you trust its author."
         )
-    return Assets(config, files)
-
-
-def _carried(names: Iterable[str]) -> list[str]:
-    """Return which files of a directory go with its model, wherever its weights go.
-
-    Those in directories below it are plain text, say a pooling layer's config; but a directory with weights is another
-    model's.
-    """
-    names = [name for name in names if name not in {CONFIG_NAME, EXPORT_NAME}]
-    weights = {name for name in names if name.endswith(_WEIGHT_SUFFIXES)}
-    others = {name.partition("/")[0] for name in weights if "/" in name}
-    hidden = {name for name in names if name.startswith(".") or "/." in name}
-    below = {name for name in names if name.endswith(PLAIN_SUFFIXES) and name.partition("/")[0] not in others} - hidden
-    return [name for name in names if name not in weights and ("/" not in name or name in below)]
+    return Assets(config, files, carried.rules)
 
 
 def fetch_assets(model: str, tokenizer: str | None = None) -> Assets:
     """Get the config of `model` and the tokenizer of `tokenizer`: local paths or Hub ids. Runs no code of theirs.
+
+    Of a directory also the processor's config goes along, and what `read_assets` carries of directories below it.
 
     Args:
         model: where the config is, and the generation config if it has one.
@@ -109,7 +94,16 @@ def fetch_assets(model: str, tokenizer: str | None = None) -> Assets:
                 raise NotACheckpointError(f"tokenizer {tokenizer!r}: {error}") from None
         with suppress(OSError):  # not every model generates
             GenerationConfig.from_pretrained(model).save_pretrained(temporary)
-        return read_assets(Path(temporary))
+        assets = read_assets(Path(temporary))
+    return _with_parts(assets, Path(model)) if Path(model).is_dir() else assets
+
+
+def _with_parts(assets: Assets, directory: Path) -> Assets:
+    """Add what a model's directory has beside config and tokenizer: its processor's config, and its modules."""
+    found = dict(durable.files_below(directory))
+    carried = choose(found, directory)
+    parts = [name for name in carried.names if name not in assets.files and _PART.fullmatch(name)]
+    return replace(assets, files={**assets.files, **{n: found[n].read_bytes() for n in parts}}, rules=carried.rules)
 
 
 def config_bytes(config: Mapping[str, Any], architecture: str, dtypes: Sequence[str], dtype: str | None) -> bytes:

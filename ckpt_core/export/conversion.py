@@ -19,7 +19,8 @@ from ckpt_core.export.adapter_config import (
     find_adapter_config,
 )
 from ckpt_core.export.adapter_plan import ADAPTER_WEIGHTS_NAME
-from ckpt_core.export.assets import CONFIG_NAME, EXPORT_NAME, Assets, config_bytes, read_assets
+from ckpt_core.export.assets import Assets, config_bytes, read_assets
+from ckpt_core.export.carried import CONFIG_NAME, EXPORT_NAME
 from ckpt_core.export.local_work import LocalWork
 from ckpt_core.export.names import Table
 from ckpt_core.export.plan import Plan

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 from ckpt_core import durable
 from ckpt_core.errors import ArgumentError, DamagedError
 from ckpt_core.export import scratch
-from ckpt_core.export.assets import CONFIG_NAME, Assets, config_bytes, read_assets
+from ckpt_core.export.assets import Assets, config_bytes, read_assets
+from ckpt_core.export.carried import CONFIG_NAME
 from ckpt_core.export.chunks import Part, files_of, write_chunks, write_metadata
 from ckpt_core.export.computed import write_computed
 from ckpt_core.export.intake import Intake, plan_intake

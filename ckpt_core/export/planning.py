@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ckpt_core.errors import MismatchError
@@ -36,7 +37,14 @@ def plan_export(
     Raises:
         CheckpointError: the checkpoint is damaged, hostile, or does not fit the config.
     """
-    index, where = read_index(directory), str(directory)
+    settings: dict[str, Any] = {"dtype": dtype, "max_shard_bytes": max_shard_bytes, "table": table}
+    plan = _plan(directory, assets, settings, merge_adapter=merge_adapter)
+    return replace(plan, rules=(*plan.rules, *assets.rules))
+
+
+def _plan(directory: Place, assets: Assets, settings: dict[str, Any], *, merge_adapter: bool) -> Plan:
+    index, where, table = read_index(directory), str(directory), settings["table"]
+    settings = {**settings, "where": where}
     has = has_adapter(index, table)
     if merge_adapter and not has:
         raise MismatchError(f"{where}: holds no LoRA adapter to merge; convert without merge_adapter.")
@@ -46,12 +54,9 @@ def plan_export(
         config = adapter_config(assets, where, merge=merge_adapter)
         adapter = find_adapter(index, config, table, where)
         if not merge_adapter:
-            return plan_adapter(index, adapter, dtype=dtype, where=where)
-        return plan_merged(
-            index, adapter, assets.config, dtype=dtype, max_shard_bytes=max_shard_bytes, table=table, where=where
-        )
-    architecture = find_architecture(assets.config, index, dtype)
-    settings: dict[str, Any] = {"dtype": dtype, "max_shard_bytes": max_shard_bytes, "table": table, "where": where}
+            return plan_adapter(index, adapter, dtype=settings["dtype"], where=where)
+        return plan_merged(index, adapter, assets.config, **settings)
+    architecture = find_architecture(assets.config, index, settings["dtype"])
     try:
         return make_plan(index, architecture, **settings)
     except MismatchError:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckpt_core.durable import file_size
 from ckpt_core.errors import DamagedError, NotACheckpointError
-from ckpt_core.export.assets import EXPORT_NAME
+from ckpt_core.export.carried import EXPORT_NAME
 
 if TYPE_CHECKING:
     from ckpt_core.urls import Place

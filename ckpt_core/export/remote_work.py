@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from ckpt_core.durable import RemoteSink
 from ckpt_core.errors import CommitError, ExportExistsError
-from ckpt_core.export.assets import EXPORT_NAME
 from ckpt_core.export.begun import Begun, plan_key, read_begun, records_beside, write_begun
+from ckpt_core.export.carried import EXPORT_NAME
 from ckpt_core.export.note import Note, check_alone, noted
 from ckpt_core.export.scratch import PLAN_NAME
 from ckpt_core.export.work import Work, write_unit

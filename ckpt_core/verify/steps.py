@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from ckpt_core import durable
 from ckpt_core.errors import CkptError
 from ckpt_core.export import plan_export
-from ckpt_core.export.assets import CONFIG_NAME, read_assets
+from ckpt_core.export.assets import read_assets
+from ckpt_core.export.carried import CONFIG_NAME
 from ckpt_core.format.index import METADATA_NAME
 from ckpt_core.format.manifest import MANIFEST_NAME, Manifest
 from ckpt_core.format.source import Source

@@ -13,7 +13,7 @@ import gloo_ranks
 import pytest
 import torch
 from children import convert_when_continued, convert_with_little_room, save_as
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_models import assert_same
 from small_transformers import (
     MODELS,
@@ -30,6 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaM
 from ckpt_core import PyTorchCheckpoint, errors, io, open_checkpoint
 from ckpt_core.export import Assets, convert, convert_checkpoint, plan_export, read_export
 from ckpt_core.export.assets import fetch_assets, read_assets
+from ckpt_core.hf_weights import read_weights
 from ckpt_core.native_checkpoint import convert_dcp_to_hf, save_checkpoint
 from ckpt_core.verify import verify
 
@@ -310,7 +311,15 @@ class TestRefusals:
         """Text in directories of the assets goes along, say a pooling layer's config; weights and code do not."""
         assets = tmp_path / "assets"
         kept = {"config.json": json.dumps(llama[1].config), "1_Pooling/config.json": "{}", "modules.json": "[]"}
-        others = ["onnx/model.onnx", "onnx/config.json", "eval/run.py", ".cache/etag.json", "old.h5", "a.safetensors"]
+        others = [
+            "onnx/model.onnx",
+            "onnx/config.json",
+            "eval/run.py",
+            ".cache/etag.json",
+            ".gitattributes",
+            "old.h5",
+            "a.safetensors",
+        ]
         for name, text in {**kept, **dict.fromkeys(others, "")}.items():
             (assets / name).parent.mkdir(parents=True, exist_ok=True)
             (assets / name).write_text(text)
@@ -319,6 +328,39 @@ class TestRefusals:
         assert (export.path / "1_Pooling" / "config.json").read_text() == "{}"
         assert read_export(export.path) == export
         assert verify(export.path).passed
+
+    @pytest.mark.parametrize("given", ["assets", "--model"])
+    def test_modules_with_weights_of_their_own(self, tmp_path: Path, llama: tuple[Path, Assets], given: str) -> None:
+        """Weights in directories that `modules.json` names go along, by a rule; of other directories a rule says no."""
+        directory = modules_directory(tmp_path / "model", llama[1])
+        dense = {"linear.weight": torch.rand(3, 2)}
+        save_file(dense, directory / "2_Dense" / "model.safetensors")
+        assets = read_assets(directory) if given == "assets" else fetch_assets(str(directory))
+        export = convert(llama[0], tmp_path / "export", assets=assets)
+        exported = load_file(export.path / "2_Dense" / "model.safetensors")
+        assert torch.equal(exported["linear.weight"], dense["linear.weight"])
+        kept = {"2_Dense/config.json", "1_Pooling/config.json", "modules.json", "preprocessor_config.json"}
+        assert kept < export.files.keys()
+        assert not any(name.startswith("onnx") for name in export.files)
+        assert [rule for rule in export.rules if rule.startswith("assets: ")] == [
+            "assets: 2_Dense/model.safetensors is carried as it is; modules.json names its directory",
+            "assets: onnx/ is left out; it holds weights, and modules.json does not name it",
+        ]
+        assert read_export(export.path) == export
+        assert verify(export.path).passed
+        assert read_weights(export.path).files.keys() == {"model.safetensors"}
+
+    def test_modules_that_cannot_be_carried(self, tmp_path: Path, llama: tuple[Path, Assets]) -> None:
+        """A module's pickled weights, or a `modules.json` that is no list of modules, are named errors."""
+        directory = modules_directory(tmp_path / "model", llama[1])
+        (directory / "2_Dense" / "pytorch_model.bin").write_bytes(b"")
+        for read in (read_assets, lambda place: fetch_assets(str(place))):
+            with pytest.raises(errors.MismatchError, match=r"2_Dense/pytorch_model\.bin.*safe_serialization"):
+                read(directory)
+        for text in ("{", "[1]", "3", '[{"idx": 0}]'):
+            (directory / "modules.json").write_text(text)
+            with pytest.raises(errors.DamagedError, match=r"modules\.json"):
+                read_assets(directory)
 
     def test_assets_that_bring_code(self, tmp_path: Path, llama: tuple[Path, Assets]) -> None:
         """A Python file, or a config that names one, is refused unless its author is trusted."""
@@ -560,3 +602,15 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, llama: tuple[Path, Assets]) 
     process.join(60)
     assert process.exitcode == errno.EFBIG
     assert list(target.parent.iterdir()) == []
+
+
+def modules_directory(directory: Path, assets: Assets) -> Path:
+    """Write a model's directory in sentence-transformers' layout, whose dense layer still lacks its weights."""
+    modules = [{"idx": n, "path": path} for n, path in enumerate(["", "1_Pooling", "2_Dense"])]
+    files = {"config.json": dict(assets.config), "modules.json": modules, "preprocessor_config.json": {}}
+    files |= {f"{name}/config.json": {} for name in ("1_Pooling", "2_Dense", "onnx")}
+    for name, content in files.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text(json.dumps(content))
+    (directory / "onnx" / "model.onnx").write_bytes(b"")
+    return directory
