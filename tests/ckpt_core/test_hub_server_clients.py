@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from hub_child import child_environment_for, run_child
+from hub_client import REPO, Client, files_below, sharded_files, write_export
 
 from ckpt_core.testing.hub_server import hub_server
 
@@ -74,3 +75,22 @@ def test_a_release_works_with_each_client_in_each_mode(tmp_path, version, xet):
     assert any("/xet/v1/shards" in path for path in paths) is xet
     assert any("/xet/v1/reconstructions" in path for path in paths) is xet
     assert any("/info/lfs/" in path for path in paths) is not xet
+
+
+@pytest.mark.parametrize("xet", [False, True], ids=["lfs", "xet"])
+@pytest.mark.parametrize("version", [OLDEST, None], ids=["oldest", "installed"])
+def test_releases_are_made_and_taken_back_with_each_client(tmp_path, version, xet):
+    """Publishing, nothing new, a new shard, rolling back and downloading work by the oldest client and ours."""
+    environment = {"HF_HUB_DISABLE_XET": "01"[not xet]}
+    if version is not None:
+        environment["PYTHONPATH"] = str(installed_in(version))
+    one = write_export(tmp_path / "one", sharded_files([1, 2], 5000))
+    with Client(tmp_path, environment) as client:
+        assert client.publish(one)["tag"] == "v1"
+        assert not client.publish(one)["created"]
+        assert client.publish(write_export(tmp_path / "two", sharded_files([1, 3], 5000)))["tag"] == "v2"
+        assert client.call("roll_back", REPO, "v1")["created"]
+        client.call("download", REPO, "main", directory=str(tmp_path / "copy"))
+        assert any("/xet/v1/shards" in path for _, path, _ in client.requests) is xet
+    found = files_below(tmp_path / "copy")
+    assert {name: data for name, data in found.items() if name != "README.md"} == files_below(one)
