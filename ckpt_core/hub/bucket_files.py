@@ -229,7 +229,7 @@ def _write_checked(sink: Sink, content: Content, path: str) -> None:
     """Write a content whole, or not at all where its bytes are not those of its digest."""
     try:
         found = hashlib.sha256()
-        for block in _read(content):
+        for block in content.blocks():
             found.update(block)
             sink.write(memoryview(block))
         if found.hexdigest() != content.sha256:
@@ -240,12 +240,3 @@ def _write_checked(sink: Sink, content: Content, path: str) -> None:
         sink.seal()
     finally:
         sink.close()
-
-
-def _read(content: Content) -> Iterator[bytes]:
-    if isinstance(content.source, bytes):
-        yield content.source
-        return
-    with content.source.open("rb") as file:
-        while block := file.read(_CHUNK_BYTES):
-            yield block

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
@@ -13,6 +13,7 @@ from ckpt_core.errors import ArgumentError, DamagedError
 MANIFEST = "export.json"
 CARD = "README.md"
 _FORMAT_VERSION = 1
+_BLOCK_BYTES = 2**20
 LARGE_BYTES = 2**20
 """Files above this size in bytes are sent one at a time, and are not read where that can be helped."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -28,10 +29,28 @@ class Content:
     size: int
     sha256: str
 
+    def blocks(self) -> Iterator[bytes]:
+        """Read it, block by block."""
+        if isinstance(self.source, bytes):
+            yield self.source
+            return
+        with self.source.open("rb") as file:
+            while block := file.read(_BLOCK_BYTES):
+                yield block
+
     def git_id(self) -> str:
-        """Return the id that git gives a file of this content; reads it whole."""
-        data = self.source if isinstance(self.source, bytes) else self.source.read_bytes()
-        return hashlib.sha1(b"blob %d\0%s" % (len(data), data), usedforsecurity=False).hexdigest()
+        """Return the id that git gives a file of this content, which is read for it.
+
+        Raises:
+            DamagedError: what was read has another sha256.
+        """
+        git, sha256 = hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False), hashlib.sha256()
+        for block in self.blocks():
+            git.update(block)
+            sha256.update(block)
+        if sha256.hexdigest() != self.sha256:
+            raise DamagedError(f"{self.source}: was changed after {MANIFEST} was written; convert again")
+        return git.hexdigest()
 
 
 def read_contents(

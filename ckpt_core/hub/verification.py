@@ -18,7 +18,7 @@ def advance(target: Target, source: str, parent: str | None, message: str, wante
 
 
 def holds_model(tree: Tree) -> bool:
-    """Whether a tree is more than a card and what else may lie beside none: an export, or a model from elsewhere."""
+    """Whether a tree holds an export, or a model from elsewhere; a card alone is none."""
     return any(path == MANIFEST or path.endswith("config.json") for path in tree)
 
 

@@ -487,6 +487,17 @@ def test_a_damaged_export_reaches_no_server(client, export):
     assert client.requests == []
 
 
+def test_a_text_file_that_git_holds_is_the_one_that_was_converted(client, tmp_path):
+    """A long text file, of which the Hub says no sha256, is read for its own: another content is never served."""
+    text = b"a vocabulary\n" * 100_000
+    export = write_export(tmp_path / "export", {**FILES, "vocabulary.txt": text})
+    (export / "vocabulary.txt").write_bytes(text[:-1] + b"!")
+    os.utime(export / "vocabulary.txt", (0, 0))
+    with pytest.raises(DamagedError, match=r"vocabulary\.txt: was changed after export\.json was written"):
+        client.publish(export)
+    assert client.titles() == ["initial commit"]
+
+
 def test_an_export_brings_one_card(tmp_path, export):
     """A card comes from the export, from the caller, or is made of export.json; two of them are refused."""
 
