@@ -19,6 +19,10 @@ CONNECT_SECONDS = 10.0
 IDLE_SECONDS = 120.0
 _CONFLICT = 409
 _WAITING = (429, 503)  # the answers that may say how long to wait
+_BEARER = "Bearer "
+
+_homes: dict[str, set[str]] = {}
+"""Of each token that was chosen in this process, the origins that it may be sent to."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,10 @@ class Connection:
             raise HubAuthError(
                 f"{address}: no token found; set HF_TOKEN to one with write access, or run hf auth login"
             )
-        _install_deadline()
+        if token:
+            addresses = [address, constants.ENDPOINT] if token == get_token() else [address]
+            _homes.setdefault(token, set()).update(_origin(each) for each in addresses)
+        _install_hooks()
         return cls(endpoint=address, token=token or False)
 
     @cached_property
@@ -96,18 +103,18 @@ def is_loopback(endpoint: str) -> bool:
         return False
 
 
-def _install_deadline() -> None:
-    """Have every request of this process's client end when nothing comes for a while; it waits for ever by default."""
+def _install_hooks() -> None:
+    """Have every request of this process's client go where it may and end when nothing comes for a while."""
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils import _http  # pyright: ignore[reportPrivateUsage] the factory has a setter, no getter
 
     present = _http._GLOBAL_CLIENT_FACTORY  # pyright: ignore[reportPrivateUsage]
-    if not isinstance(present, _DeadlineFactory):
-        set_client_factory(_DeadlineFactory(present))
+    if not isinstance(present, _HookedFactory):
+        set_client_factory(_HookedFactory(present))
 
 
-class _DeadlineFactory:
-    """Makes the clients that another factory makes (a user's own may set a proxy), each with a deadline.
+class _HookedFactory:
+    """Makes the clients that another factory makes (a user's own may set a proxy), each with hooks.
 
     The deadline is a hook on each request, because many calls pass `timeout=None`, which outdoes a client's default.
     """
@@ -119,7 +126,7 @@ class _DeadlineFactory:
         client = self._make_client()
         hooks = client.event_hooks
         client.event_hooks = {
-            "request": [*hooks.get("request", []), _set_deadline],
+            "request": [*hooks.get("request", []), _set_deadline, _keep_token_home],
             "response": [*hooks.get("response", []), _refuse_long_wait, _end_busy_loop],
         }
         return client
@@ -129,6 +136,24 @@ def _set_deadline(request: "Request") -> None:
     limits = {"connect": CONNECT_SECONDS, "read": IDLE_SECONDS, "write": IDLE_SECONDS, "pool": IDLE_SECONDS}
     asked = {name: value for name, value in request.extensions.get("timeout", {}).items() if value is not None}
     request.extensions["timeout"] = {**limits, **asked}
+
+
+def _keep_token_home(request: "Request") -> None:
+    """Send a token to no other address than its Hub's; the client sends it where an answer says to go on.
+
+    That may be anywhere: for the next page of a list, or to confirm an upload.
+    """
+    token = request.headers.get("authorization", "").removeprefix(_BEARER)
+    if token in _homes and _origin(str(request.url)) not in _homes[token]:
+        del request.headers["authorization"]
+
+
+def _origin(address: str) -> str:
+    """Return scheme, host and port, as the client writes them."""
+    from huggingface_hub.utils import httpx
+
+    url = httpx.URL(address)
+    return f"{url.scheme}://{url.netloc.decode()}"
 
 
 def _refuse_long_wait(response: "Response") -> None:

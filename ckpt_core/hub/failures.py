@@ -95,7 +95,7 @@ def _explain(hub: Connection, where: str, problem: BaseException) -> HubError:
 
 def _explain_status(hub: Connection, where: str, problem: "HfHubHTTPError") -> HubError:
     status = problem.response.status_code
-    said = hub.hide_token((problem.server_message or "").strip()[:_LONGEST_MESSAGE])
+    said = hub.hide_token((problem.server_message or "").strip())[:_LONGEST_MESSAGE]  # cut, a token would show
     found = f"{where}: HTTP {status}" + (f" ({said})" if said else "")
     if status == UNAUTHORIZED:
         advice = "the Hub did not accept the token" if hub.token else "no token was sent"
