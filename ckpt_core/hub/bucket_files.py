@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import hashlib
 import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 _CHUNK_BYTES = 2**20
 _INCOMING = ".incoming"
+_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+_HERE, _NO_REPLACE = -100, 1  # AT_FDCWD and RENAME_NOREPLACE of Linux
 
 
 class Files(Protocol):
@@ -48,8 +51,8 @@ class Files(Protocol):
         """Write a small file that must not exist yet; False where it exists and holds something else."""
         ...
 
-    def copy(self, source: str, target: str) -> None:
-        """Give a file a second path, without reading it here."""
+    def copy(self, source: str, target: str) -> bool:
+        """Give a file a second path, without reading it here; False where that cannot be."""
         ...
 
     def send(self, content: Content, path: str, scratch: str) -> None:
@@ -102,21 +105,25 @@ class LocalFiles:
                 yield block
 
     def create(self, path: str, data: bytes) -> bool:
-        """Write the file apart, then link it, which fails where there is one."""
-        apart = self._apart("records")
+        """Write the file apart, then link it, which fails where there is one; so does the renaming without links."""
+        apart, target = self._apart("records"), self._root / path
         durable.write_new(apart, data)
         try:
-            self._link(apart, self._root / path)
+            if not _link(apart, target):
+                _rename_new(apart, target)
+                durable.sync_directory(target.parent)
         except FileExistsError:
             return self.read(path) == data
         finally:
-            apart.unlink()
+            apart.unlink(missing_ok=True)
         return True
 
-    def copy(self, source: str, target: str) -> None:
+    def copy(self, source: str, target: str) -> bool:
         """Link a file."""
-        with suppress(FileExistsError):
-            self._link(self._root / source, self._root / target)
+        try:
+            return _link(self._root / source, self._root / target)
+        except FileExistsError:
+            return True
 
     def send(self, content: Content, path: str, scratch: str) -> None:
         """Write the file apart, flush it to the device, and give it its name."""
@@ -145,7 +152,12 @@ class LocalFiles:
         if main.is_symlink() and main.readlink() == Path(directory):
             return
         apart = self._root / f".main-{uuid.uuid4().hex}"
-        apart.symlink_to(directory)
+        try:
+            apart.symlink_to(directory)
+        except OSError as problem:
+            if problem.errno in _NO_LINKS:
+                return
+            raise
         apart.replace(main)
         durable.sync_directory(self._root)
 
@@ -157,11 +169,6 @@ class LocalFiles:
         place = self._root / _INCOMING / scratch / uuid.uuid4().hex
         durable.make_directory(place.parent)
         return place
-
-    def _link(self, source: Path, target: Path) -> None:
-        durable.make_directory(target.parent)
-        os.link(source, target)
-        durable.sync_directory(target.parent)
 
 
 class RemoteFiles:
@@ -201,11 +208,12 @@ class RemoteFiles:
             return False
         return True
 
-    def copy(self, source: str, target: str) -> None:
+    def copy(self, source: str, target: str) -> bool:
         """Have the store copy an object."""
         place = self._root / source
         with objects.plain_errors(place):
             durable.file_system(place).cp_file(place.path, (self._root / target).path)
+        return True
 
     def send(self, content: Content, path: str, scratch: str) -> None:  # noqa: ARG002  nothing lies apart
         """Put an object part by part; it is there when the last one is."""
@@ -223,6 +231,27 @@ class RemoteFiles:
 
     def forget(self, scratch: str) -> None:
         """Leave it to the store to forget uploads that did not end."""
+
+
+def _link(source: Path, target: Path) -> bool:
+    """Link a file to a name that none may have; False where the file system has no links, or not that many."""
+    durable.make_directory(target.parent)
+    try:
+        os.link(source, target)
+    except OSError as problem:
+        if problem.errno in _NO_LINKS:
+            return False
+        raise
+    durable.sync_directory(target.parent)
+    return True
+
+
+def _rename_new(source: Path, target: Path) -> None:
+    """Rename a file to a name that none may have, in one call of Linux that Python does not offer."""
+    library = ctypes.CDLL(None, use_errno=True)
+    if library.renameat2(_HERE, os.fsencode(source), _HERE, os.fsencode(target), _NO_REPLACE):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(target))
 
 
 def _write_checked(sink: Sink, content: Content, path: str) -> None:

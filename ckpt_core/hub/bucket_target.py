@@ -15,9 +15,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import repeat
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
@@ -75,10 +76,8 @@ class BucketTarget:
             head = self._head()
             versions = [name for name in self._files.names("versions") if name.endswith(_SUFFIX)]
             with ThreadPoolExecutor(_THREADS) as pool:
-                at = pool.map(self._record, [f"versions/{name}" for name in versions])
-                tags = {
-                    name.removesuffix(_SUFFIX): str(each["commit"]) for name, each in zip(versions, at, strict=True)
-                }
+                commits = pool.map(self._field, [f"versions/{name}" for name in versions], repeat("commit"))
+                tags = {name.removesuffix(_SUFFIX): str(commit) for name, commit in zip(versions, commits, strict=True)}
             candidates = [name for name in self._files.names("candidates") if _NAME.fullmatch(name)]
             return State(head, tags, {name: name for name in candidates})
 
@@ -87,6 +86,7 @@ class BucketTarget:
         with self._plainly():
             place = self._place(commit)
             listed, sizes = self._listed(place), self._files.sizes(place)
+            self._check_names(place, sizes)
             digests = {path: entry.sha256 for path, entry in listed.items()}
             return {path: Entry(size, sha256=digests.get(path)) for path, size in sizes.items()}
 
@@ -115,10 +115,10 @@ class BucketTarget:
             record = {"tree": tree, "parent": parent, "message": message}
             if not self._create(f"commits/{number}{_SUFFIX}", record):
                 head = self.read().head or number
-                other = self._record(f"commits/{head}{_SUFFIX}")
-                if other["tree"] != tree:
+                if self._tree_name(head) != tree:
+                    said = self._field(f"commits/{head}{_SUFFIX}", "message")
                     raise HubConflictError(
-                        f"{self.where}: somebody else moved main from {parent} to {head} ({other['message']!r});"
+                        f"{self.where}: somebody else moved main from {parent} to {head} ({said!r});"
                         " nothing was overwritten. Look at that commit, then run it again to go on from there"
                     )
                 number = head
@@ -139,7 +139,7 @@ class BucketTarget:
         with self._plainly():
             self._files.forget(name)
             commits = self._files.names("commits")
-            if not any(self._record(f"commits/{commit}")["tree"] == name for commit in commits):
+            if not any(self._field(f"commits/{commit}", "tree") == name for commit in commits):
                 self._files.delete(f"trees/{name}{_SUFFIX}")
                 self._files.delete(f"trees/{name}")
             self._serve()
@@ -166,11 +166,10 @@ class BucketTarget:
     def _write(self, content: Content, path: str, known: Mapping[str, str], scratch: str) -> None:
         """Give a tree a file: a copy of one that is here with the same content, or what the export has."""
         source = known.get(content.sha256)
-        if source is None:
-            self._files.send(content, path, scratch)
-        else:
+        if source is not None:
             self._files.delete(path)  # one of another size was not written by this library
-            self._files.copy(source, path)
+        if source is None or not self._files.copy(source, path):
+            self._files.send(content, path, scratch)
 
     def _known(self, head: str | None) -> dict[str, str]:
         """Return where the files of a commit are, by their digest; those that have another size by now are left out."""
@@ -196,7 +195,7 @@ class BucketTarget:
 
     def _tree_name(self, commit: str) -> str:
         """Return the tree of a commit; a candidate's commit is its tree."""
-        name = str(self._record(f"commits/{commit}{_SUFFIX}")["tree"]) if _COMMIT.fullmatch(commit) else commit
+        name = str(self._field(f"commits/{commit}{_SUFFIX}", "tree")) if _COMMIT.fullmatch(commit) else commit
         if not _NAME.fullmatch(name):
             raise HubError(f"{self.where}: {commit!r} is neither a commit nor a tag here")
         return name
@@ -204,26 +203,41 @@ class BucketTarget:
     def _listed(self, place: str) -> dict[str, Entry]:
         """Return the files of a tree as they were when they were written."""
         where = f"{place}{_SUFFIX}"
-        files = cast("Mapping[str, Mapping[str, Any]]", self._record(where)["files"])
-        if wrong := [path for path in files if ".." in PurePosixPath(path).parts or PurePosixPath(path).is_absolute()]:
-            raise HubContentError(f"{self.where}/{where}: {wrong[0]!r} is not a path in a tree; publish again")
-        return {path: Entry(int(entry["bytes"]), sha256=str(entry["sha256"])) for path, entry in files.items()}
+        files = cast("Mapping[str, Mapping[str, Any]]", self._field(where, "files"))
+        self._check_names(where, files)
+        with self._sound(where):
+            return {path: Entry(int(entry["bytes"]), sha256=str(entry["sha256"])) for path, entry in files.items()}
+
+    def _check_names(self, where: str, paths: Iterable[str]) -> None:
+        for path in paths:
+            if ".." in PurePosixPath(path).parts or PurePosixPath(path).is_absolute():
+                raise HubContentError(f"{self.where}/{where}: {path!r} is not a path in a tree; publish again")
 
     def _create(self, path: str, record: Mapping[str, object]) -> bool:
         data = json.dumps({"format_version": _FORMAT_VERSION, **record}, indent=1).encode() + b"\n"
         return self._files.create(path, data)
 
-    def _record(self, path: str) -> Mapping[str, Any]:
-        try:
+    def _field(self, path: str, name: str) -> Any:
+        """Return a field of a record, in the one version that is known."""
+        with self._sound(path):
             record: Any = json.loads(self._files.read(path))
             version = record["format_version"]
-        except (ValueError, LookupError, TypeError) as problem:
-            raise HubContentError(f"{self.where}/{path} is damaged ({problem}); restore a copy of it") from None
         if version != _FORMAT_VERSION:
             raise HubError(
                 f"{self.where}/{path}: format_version is {version}, expected {_FORMAT_VERSION}; use a newer ckptflow"
             )
-        return record
+        with self._sound(path):
+            return record[name]
+
+    @contextmanager
+    def _sound(self, path: str) -> Generator[None]:
+        """Make an error that names a record of what comes of reading it."""
+        try:
+            yield
+        except (ValueError, LookupError, TypeError, AttributeError) as problem:
+            raise HubContentError(
+                f"{self.where}/{path} is damaged ({type(problem).__name__}: {problem}); restore a copy of it"
+            ) from None
 
     @contextmanager
     def _plainly(self) -> Generator[None]:

@@ -1,5 +1,6 @@
 """A directory or bucket as a target: what lies where, what is shared, and what a death at any moment leaves."""
 
+import errno
 import json
 import shutil
 import threading
@@ -12,7 +13,7 @@ from hub_client import files_below, model_files, sharded_files, weights, write_e
 
 from ckpt_core import hub
 from ckpt_core.errors import ArgumentError, HubConflictError, HubContentError, HubError
-from ckpt_core.hub.bucket_files import LocalFiles
+from ckpt_core.hub.bucket_files import LocalFiles, RemoteFiles
 from ckpt_core.hub.bucket_target import BucketTarget
 from ckpt_core.hub.target import State, open_target
 
@@ -198,6 +199,9 @@ def test_a_damaged_file_is_found(where, export, tmp_path):
         ("commits/0000000001.json", "{", "0000000001.json is damaged"),
         ("versions/v1.json", '{"format_version": 2}', "format_version is 2, expected 1"),
         ("trees/{}.json", '{"format_version": 1, "files": {"../x": {}}}', "'../x' is not a path in a tree"),
+        ("trees/{}.json", '{"format_version": 1, "files": {"x": {}}}', "json is damaged .KeyError: 'bytes'"),
+        ("trees/{}.json", '{"format_version": 1, "files": []}', "json is damaged .AttributeError: "),
+        ("commits/0000000001.json", '{"format_version": 1}', "0000000001.json is damaged .KeyError: 'tree'"),
         ("commits/0000000001.json", '{"format_version": 1, "tree": "../../x"}', "neither a commit nor a tag"),
     ],
 )
@@ -208,6 +212,17 @@ def test_damaged_records_are_named(where, export, tmp_path, path, text, message)
     (Path(where) / path.format(tree)).write_text(text)
     with pytest.raises(HubError, match=message):
         hub.download(where, "v1", directory=tmp_path / "copy")
+
+
+def test_objects_cannot_name_files_elsewhere(export, tmp_path, monkeypatch):
+    """An object whose name leads out of its tree is refused before anything is written."""
+    where = f"memory://{uuid.uuid4().hex}/releases"
+    hub.publish(export, where)
+    sizes = RemoteFiles.sizes
+    monkeypatch.setattr(RemoteFiles, "sizes", lambda *at: {**sizes(*at), "../../evil": 1})
+    with pytest.raises(HubContentError, match=r"'\.\./\.\./evil' is not a path in a tree"):
+        hub.download(where, "v1", directory=tmp_path / "a" / "b")
+    assert not (tmp_path / "a").exists()
 
 
 def test_a_full_disk_is_named(where, export, monkeypatch):
@@ -244,3 +259,24 @@ def test_a_bucket_is_plain_objects(export):
         "commits/0000000001.json",
         "versions/v1.json",
     }
+
+
+def test_a_file_system_without_links_is_fine(where, tmp_path, monkeypatch):
+    """Without hard and symbolic links a release sends all its files, has no link main, and still happens once."""
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", refuse)
+    monkeypatch.setattr("os.symlink", refuse)
+    exports = [write_export(tmp_path / str(last), sharded_files([1, 2, last], 1000)) for last in (3, 4)]
+    assert [hub.publish(export, where).tag for export in exports] == ["v1", "v2"]
+    assert not hub.publish(exports[1], where).created
+    assert hub.roll_back(where, "v1").commit == "0000000003"
+    copy = hub.download(where, "v2", directory=tmp_path / "copy")
+    assert files_below(exports[1]).items() <= files_below(copy).items()
+    assert not list(Path(where).glob("*main*"))
+    candidate = hub.stage(exports[1], where)
+    hub.publish(write_export(tmp_path / "other", model_files(5)), where)
+    with pytest.raises(HubConflictError, match="somebody else moved main"):
+        hub.promote(where, candidate)
