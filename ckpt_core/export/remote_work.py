@@ -24,6 +24,7 @@ from ckpt_core.export.begun import Begun, plan_key, read_begun, records_beside, 
 from ckpt_core.export.carried import EXPORT_NAME
 from ckpt_core.export.note import Note, check_alone, noted
 from ckpt_core.export.scratch import PLAN_NAME
+from ckpt_core.export.uploads import abort_uploads
 from ckpt_core.export.work import Work, write_unit
 from ckpt_core.store import objects
 
@@ -132,6 +133,7 @@ class RemoteWork(Work):
                     f"{self._place}: an export appeared while its content was being written; it was left alone."
                 )
             objects.write(self._place / record[0], record[1])
+            abort_uploads(self._place, self.plan["shards"])
             self._delete_records()
 
     def remove(self) -> None:
@@ -185,8 +187,9 @@ class RemoteWork(Work):
         """Delete files of the target, its record first, without which it is no export any more."""
         if all_of_it:
             objects.delete(self._place / EXPORT_NAME)
-            names = objects.sizes_below(self._place)
+            names = {*names, *objects.sizes_below(self._place)}
         objects.delete_all(self._place, names)
+        abort_uploads(self._place, names)
 
     def _delete_records(self, *, keep: tuple[str, ...] = ()) -> None:
         names = objects.sizes_below(self.root)
@@ -206,8 +209,12 @@ class _Sending:
     def write(self, data: memoryview) -> None:
         """Append all of `data`."""
         self._note.renew()
-        with objects.plain_errors(self._place):
-            self._sink.write(data)
+        try:
+            with objects.plain_errors(self._place):
+                self._sink.write(data)
+        except FileNotFoundError:  # the upload was aborted
+            self._note.check()
+            raise
 
     def seal(self) -> None:
         """Send the rest, if nobody else may have begun another conversion."""

@@ -13,11 +13,12 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from ckpt_core import io
+from ckpt_core import durable, io
 from ckpt_core.errors import ExportError
 from ckpt_core.export import convert, plan_export
 from ckpt_core.export.assets import read_assets
 from ckpt_core.native_checkpoint import save_checkpoint
+from ckpt_core.urls import place_of
 
 
 class Words:
@@ -62,6 +63,17 @@ def convert_with_little_room(directory: str, assets: str, target: str) -> None:
         convert(Path(directory), Path(target), assets=given)
     except ExportError as error:
         os._exit(getattr(error.__cause__, "errno", 1))
+
+
+def convert_until_killed(directory: str, target: str, settings: Any, nbytes: int, part_bytes: int) -> None:
+    """Convert to a URL, one file after the other, and be killed when so many bytes of tensors were written."""
+    durable._PART_BYTES = part_bytes
+
+    def kill(done: int, _: int) -> None:
+        if done >= nbytes:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    convert(Path(directory), place_of(target), workers=1, progress=kill, **settings)
 
 
 def save_as(state_file: str, directory: str, layout: str) -> None:

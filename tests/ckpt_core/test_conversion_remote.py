@@ -2,7 +2,9 @@
 
 import gc
 import json
+import multiprocessing
 import shutil
+import signal
 import threading
 import time
 import uuid
@@ -12,6 +14,7 @@ from typing import Any
 import fsspec
 import pytest
 import torch
+from children import convert_until_killed
 from object_stores import S3Server, s3_server  # noqa: F401 - a fixture
 from safetensors.torch import load_file
 from small_transformers import checkpoint_of, model_of
@@ -298,6 +301,97 @@ class TestResumed:
         assert contents(memory) == {f"export/{name}": data for name, data in expected.items()}
 
 
+class TestKilled:
+    """What a process that was killed while it sent a file in parts leaves."""
+
+    @pytest.fixture
+    def begun(self, bucket: Any, llama: tuple[Path, Assets]) -> Any:
+        """The target of a conversion of several files, with a part of one that nobody completes."""
+        [name, *_] = begin_conversion(llama[0], bucket / "export", assets=llama[1], **SMALL)
+        abandoned_upload(bucket / "export" / name)
+        assert len(unfinished_uploads(bucket)) == 1
+        return bucket / "export"
+
+    def test_the_next_one_ends_it(self, tmp_path: Path, bucket: Any, s3_server: S3Server) -> None:  # noqa: F811 - the fixture
+        """Nothing passes for an export; the same conversion sends what was not finished, and no part is left."""
+        io.save({"model": {n: torch.randn(t.shape) for n, t in wide_llama().state_dict().items()}}, tmp_path / "dcp")
+        assets = Assets({**wide_llama().config.to_dict(), "architectures": ["LlamaForCausalLM"]}, {})
+        settings = {"assets": assets, "max_shard_bytes": 9_000_000}
+        local, target = convert(tmp_path / "dcp", tmp_path / "export", **settings), bucket / "export"
+        *finished, last = weights(contents(local.path))
+        within_last = local.nbytes - 3_000_000
+        job = (str(tmp_path / "dcp"), str(target), settings, within_last, 5 << 20)
+        process = multiprocessing.get_context("spawn").Process(target=convert_until_killed, args=job)
+        process.start()
+        process.join(120)
+        assert process.exitcode == -signal.SIGKILL
+        assert [upload["Key"] for upload in unfinished_uploads(bucket)] == [f"export/{last}"]
+        with pytest.raises(errors.NotACheckpointError, match=r"export\.json"):
+            read_export(target)
+        assert not verify(str(target)).passed
+        s3_server.requests.clear()
+        convert(tmp_path / "dcp", target, **settings)
+        sent = {r.path.rpartition("/")[2] for r in s3_server.requests if r.method == "PUT" and "/export/" in r.path}
+        assert last in sent
+        assert not sent & set(finished)
+        assert contents(bucket) == {f"export/{name}": data for name, data in contents(local.path).items()}
+        assert unfinished_uploads(bucket) == []
+
+    def test_another_one_clears_it(self, bucket: Any, begun: Any, llama: tuple[Path, Assets]) -> None:
+        """Another conversion to the same place leaves no part of the first."""
+        assert begin_conversion(llama[0], begun, assets=llama[1], dtype="bfloat16") == ["model.safetensors"]
+        assert unfinished_uploads(bucket) == []
+
+    def test_it_is_given_up(self, bucket: Any, begun: Any) -> None:
+        """Giving it up leaves no object, and no part of one."""
+        abandon_conversion(begun)
+        assert contents(bucket) == {}
+        assert unfinished_uploads(bucket) == []
+
+    def test_a_late_hand(self, bucket: Any, begun: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Who sends parts of a file that was given up meanwhile is told so, and leaves nothing."""
+        [name, *_] = work_on(begun).undone
+        write = durable.RemoteSink.write
+
+        def given_up(sink: durable.RemoteSink, data: memoryview) -> None:
+            abandon_conversion(begun)
+            write(sink, data)
+            raise FileNotFoundError("The specified upload does not exist.")  # as S3 says of one that was aborted
+
+        monkeypatch.setattr(durable.RemoteSink, "write", given_up)
+        with pytest.raises(errors.CommitError, match="given up"):
+            convert_shard(begun, name)
+        assert contents(bucket) == {}
+        assert unfinished_uploads(bucket) == []
+
+    def test_uploads_of_others_stay(self, bucket: Any, llama: tuple[Path, Assets]) -> None:
+        """What somebody else sends below the target, or beside it, is not aborted."""
+        for name in ("export/other.bin", "export-2/model.safetensors"):
+            abandoned_upload(bucket / name)
+        convert(llama[0], bucket / "export", assets=llama[1])
+        assert len(unfinished_uploads(bucket)) == 2
+
+    def test_a_store_that_lists_no_uploads(
+        self,
+        bucket: Any,
+        llama: tuple[Path, Assets],
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        """Who may not list them gets an export all the same, and a warning."""
+        call = type(bucket.fs).call_s3
+
+        def denied(files: Any, method: str, *arguments: Any, **options: Any) -> Any:
+            if method == "list_multipart_uploads":
+                raise PermissionError("Access Denied")
+            return call(files, method, *arguments, **options)
+
+        monkeypatch.setattr(type(bucket.fs), "call_s3", denied)
+        convert(llama[0], bucket / "export", assets=llama[1])
+        assert "could not be aborted (Access Denied)" in caplog.text
+        assert read_export(bucket / "export").files
+
+
 class TestTaken:
     """A target that holds something."""
 
@@ -405,6 +499,13 @@ class TestTogether:
         now[0] += 700
         with pytest.raises(errors.CommitError, match="Convert again"):
             mine.renew()
+
+
+def abandoned_upload(place: Any) -> None:
+    """Send a part of an object, and neither complete nor abort it, as who is killed."""
+    bucket, key, _ = place.fs.split_path(place.path)
+    upload = place.fs.call_s3("create_multipart_upload", Bucket=bucket, Key=key)["UploadId"]
+    place.fs.call_s3("upload_part", Bucket=bucket, Key=key, UploadId=upload, PartNumber=1, Body=bytes(5 << 20))
 
 
 def weights(files: dict[str, bytes]) -> list[str]:
