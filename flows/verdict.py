@@ -63,7 +63,7 @@ def publish_or_keep(
     compared: Mapping[str, Any] | None,
     data: str | None,
 ) -> Verdict:
-    """Publish an export if it was decided so, else do what `settings.on_worse` says.
+    """Publish an export if it was decided so, else do what `settings.on_worse` says; what diverged is kept here.
 
     Args:
         at: where to.
@@ -79,17 +79,17 @@ def publish_or_keep(
     if compared and compared["same"]:  # an earlier flow run did it, or was killed before it had set the tag
         served = {"where": at.where, "name": "", "commit": parent, "parent": parent}
         return Verdict(decision, _promoted(at, served, decision, origin))
-    worse = decision is not None and not decision["promote"]
-    if worse and settings.on_worse == "stop":
+    worse = decision if decision and not decision["promote"] else None
+    if worse and (settings.on_worse == "stop" or worse["challenger"] is None):  # nobody can approve a NaN
         return Verdict(decision)
     checkpoint = origin.checkpoint if origin else None
     card = model_card(export, checkpoint, compared, data=data)
     candidate = stage(at, settings, export, card, curves(checkpoint), parent)
-    if decision is None or not worse:
+    if worse is None:
         return Verdict(decision, _promoted(at, candidate, decision, origin))
     if settings.on_worse == "branch":
         return Verdict(decision, candidate=candidate)
-    return _as_a_person_says(at, candidate, decision, origin, settings.approval_hours)
+    return _as_a_person_says(at, candidate, worse, origin, settings.approval_hours)
 
 
 def _as_a_person_says(

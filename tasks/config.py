@@ -214,7 +214,7 @@ class HubSettings(Settings):
 
     on_worse: Literal["stop", "branch", "approve"] = "stop"
     """What becomes of a model that is not better: it stays here; it is uploaded to a branch of its own; or it is
-    uploaded, and a person approves or rejects it on the flow run's page."""
+    uploaded, and a person approves or rejects it on the flow run's page. One without a finite figure stays here."""
 
     approval_hours: float = Field(default=12.0, gt=0)
     """With `approve`: how long the flow run waits for that person; then the model is rejected."""

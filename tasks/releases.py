@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from ckpt_core import durable, locks, open_store
-from ckpt_core.errors import DamagedError, StepExistsError
+from ckpt_core.errors import DamagedError, HubConflictError, StepExistsError
 from ckpt_core.store import CHAMPION, objects
 from ckpt_core.urls import place_of
 
@@ -72,7 +72,7 @@ def keep(store: str, run: str, address: str, record: ReleaseRecord) -> ReleaseRe
     """Write a release's record, unless it has one; return the one that it has.
 
     Raises:
-        StepExistsError: there is one of another release with that tag: the repository was made anew.
+        HubConflictError: there is one of another release with that tag: the repository was made anew.
     """
     place = _place(store, run, address, record.tag)
     try:
@@ -80,7 +80,7 @@ def keep(store: str, run: str, address: str, record: ReleaseRecord) -> ReleaseRe
     except StepExistsError:
         found = _parse(place)
         if not found.names_the_same(record):
-            raise StepExistsError(
+            raise HubConflictError(
                 f"{place}: tells that {found.tag} is step {found.step}, commit {found.commit}; but it is step "
                 f"{record.step}, commit {record.commit}. If {record.repo} was deleted and made again, delete the "
                 "records of the old one."

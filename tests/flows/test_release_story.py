@@ -227,11 +227,11 @@ def test_a_rollback_of_a_run_that_is_not_there_changes_nothing(world: World):
     assert not (world.store / "tny").exists()
 
 
-def judged(world: World, name: str, settings: HubSettings) -> Any:
+def judged(world: World, name: str, settings: HubSettings, *, figure: float | None = 9.5) -> Any:
     """Do what the settings say with an export that was found to be worse; return the flow run's final state."""
     made, main = world.made[name], world.main()
     compared = {
-        "challenger": {"heldout_loss": 9.5},
+        "challenger": {"heldout_loss": figure},
         "champion": {"heldout_loss": 5.5},
         "served": vars(main),
         "same": False,
@@ -240,7 +240,7 @@ def judged(world: World, name: str, settings: HubSettings) -> Any:
             "promote": False,
             "reason": "It is worse by 4.",
             "metric": "heldout_loss",
-            "challenger": 9.5,
+            "challenger": figure,
             "champion": 5.5,
         },
         "data": "ab" * 32,
@@ -304,6 +304,15 @@ def test_a_worse_model_may_go_to_a_branch(world: World):
     assert world.main() == before
     assert candidates(world) == [f"candidate/{verdict['candidate']['name']}"]
     assert world.loads.load(REPO, candidates(world)[0]) == world.made["bad"].digests
+
+
+def test_a_diverged_model_is_shown_to_nobody(world: World):
+    """Without a finite figure it is neither uploaded nor put to a person, whatever the settings say."""
+    before = candidates(world)
+    for on_worse in ("branch", "approve"):
+        verdict = judged(world, "fair", world.hub(on_worse=on_worse), figure=None).result()
+        assert (verdict["release"], verdict["candidate"]) == (None, None)
+    assert candidates(world) == before
 
 
 def test_a_person_may_reject_it(world: World):

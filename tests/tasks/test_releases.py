@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ckpt_core import PyTorchCheckpoint, open_store
-from ckpt_core.errors import DamagedError, NotACheckpointError, StepExistsError
+from ckpt_core.errors import DamagedError, HubConflictError, NotACheckpointError
 from ckpt_core.retention import Retention
 from tasks import releases
 
@@ -61,7 +61,7 @@ def test_two_places_have_versions_of_their_own(store: str):
 def test_a_tag_that_begins_anew_is_an_error(store: str):
     """A repository that was deleted and made again has another v1: the error names both, and what to delete."""
     releases.keep(store, "default", ADDRESS, RECORD)
-    with pytest.raises(StepExistsError, match=r"v1 is step 4, commit c0ffee; but it is step 8, commit f00d.*delete"):
+    with pytest.raises(HubConflictError, match=r"v1 is step 4, commit c0ffee; but it is step 8, commit f00d.*delete"):
         releases.keep(store, "default", ADDRESS, replace(RECORD, commit="f00d", step=8))
     assert releases.find(store, "default", ADDRESS, "v1") == RECORD
 
