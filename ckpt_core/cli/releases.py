@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -121,8 +120,7 @@ def _serve_hub(options: argparse.Namespace) -> None:
 
 
 def _hide_bars_of_others() -> None:
-    """Show one bar: the Hub's client draws one a file."""
-    if sys.stderr.isatty():
-        from huggingface_hub.utils import disable_progress_bars
+    """Show one bar, and none in a log: the Hub's client draws one a file, wherever it writes to."""
+    from huggingface_hub.utils import disable_progress_bars
 
-        disable_progress_bars()
+    disable_progress_bars()

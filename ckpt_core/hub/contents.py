@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
+from ckpt_core.durable import file_size
 from ckpt_core.errors import ArgumentError, DamagedError
 
 MANIFEST = "export.json"
@@ -171,11 +172,10 @@ def _check_directory(export: Path, listed: Mapping[str, Content]) -> None:
         raise DamagedError(f"{export}: {extra[0]} is there but not in {MANIFEST}; remove it, or convert again")
     written = (export / MANIFEST).stat().st_mtime_ns  # it is the last file that a conversion writes
     for name, content in listed.items():
-        status = there[name].stat()
-        if status.st_size != content.size:
-            raise DamagedError(
-                f"{export}: {name} has {status.st_size} bytes, {MANIFEST} says {content.size}; convert again"
-            )
-        looks_written_since = status.st_mtime_ns > written
+        size = file_size(there[name])
+        if size != content.size:
+            found = "is no file" if size is None else f"has {size} bytes"
+            raise DamagedError(f"{export}: {name} {found}, {MANIFEST} says {content.size} bytes; convert again")
+        looks_written_since = there[name].stat().st_mtime_ns > written
         if (content.size <= LARGE_BYTES or looks_written_since) and _sha256(there[name]) != content.sha256:
             raise DamagedError(f"{export}: {name} was changed after {MANIFEST} was written; convert again")

@@ -140,5 +140,5 @@ def _http_error(problem: BaseException) -> "HfHubHTTPError | None":
 
 
 def _short(hub: Connection, problem: BaseException) -> str:
-    causes = [str(problem)] + ([str(problem.__cause__)] if problem.__cause__ else [])
-    return hub.hide_token(": ".join(" ".join(cause.split()) for cause in causes))[:_LONGEST_MESSAGE]
+    causes = dict.fromkeys(" ".join(str(each).split()) for each in (problem, problem.__cause__) if each is not None)
+    return hub.hide_token(": ".join(causes))[:_LONGEST_MESSAGE]

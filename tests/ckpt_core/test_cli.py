@@ -394,7 +394,7 @@ def test_an_export_is_published_to_a_served_hub(ckpt: Run, place: Path, tmp_path
         for created in (True, False):
             process = start("publish", tmp_path / "export", "team/model", "--json", env=environment)
             out, err = process.communicate(timeout=60)
-            assert process.returncode == 0, err
+            assert (process.returncode, err) == (0, "")
             release = json.loads(out)
             assert (release["repo_id"], release["tag"], release["created"]) == ("team/model", "v1", created)
         out, err = start("publish", tmp_path / "export", "team/model", "--tag", "v1 v1", env=environment).communicate()
