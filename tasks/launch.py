@@ -35,7 +35,7 @@ def run_job(
     Raises:
         ChildFailedError: it failed; the message is meant for people.
     """
-    known = token or os.environ.get("HF_TOKEN")
+    known = (token or os.environ.get("HF_TOKEN") or "").strip()  # as the client sends it
     log, arguments = log_line(), [name, json.dumps(request)]
     environment = {**_QUIET, **_progress(), **(env or {}), **({"HF_TOKEN": known} if known else {})}
     try:
@@ -45,7 +45,7 @@ def run_job(
     raise ChildFailedError(message)
 
 
-def _hide(token: str | None, text: str) -> str:
+def _hide(token: str, text: str) -> str:
     return text.replace(token, "<token>") if token else text
 
 

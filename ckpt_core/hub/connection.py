@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Self
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from ckpt_core.errors import ArgumentError, HubAuthError, HubError
 from ckpt_core.hub import retries
@@ -46,6 +47,11 @@ class Connection:
         local = is_loopback(address)
         if token and not local and urlsplit(address).scheme != "https":
             raise HubAuthError(f"{address}: a token is sent over https or to this machine only; use an https address")
+        if token and local and (proxy := _proxy_to(address)):
+            raise HubAuthError(
+                f"{address}: is on this machine, but the environment's proxy {proxy} is in the way, and the token would"
+                " travel to it in the clear; add 127.0.0.1,localhost to NO_PROXY"
+            )
         if write and not token and not local:
             raise HubAuthError(
                 f"{address}: no token found; set HF_TOKEN to one with write access, or run hf auth login"
@@ -101,6 +107,15 @@ def is_loopback(endpoint: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _proxy_to(address: str) -> str | None:
+    """Return the host of the proxy that the environment has for an http address, if it has one."""
+    proxies, parts = getproxies(), urlsplit(address)
+    proxy = proxies.get("http") or proxies.get("all")
+    if parts.scheme != "http" or not proxy or proxy_bypass(parts.netloc):
+        return None
+    return urlsplit(proxy).hostname or "of no name"
 
 
 def _install_hooks() -> None:

@@ -13,7 +13,7 @@ from hub_child import child_environment_for, run_child
 from hub_client import files_below, sharded_files, write_export
 
 from ckpt_core import hub
-from ckpt_core.errors import HubError
+from ckpt_core.errors import HubAuthError, HubError
 from ckpt_core.testing.hub_app import create_app
 
 TOKEN = "hf_" + "kept0at1home2" * 3
@@ -137,6 +137,19 @@ class Echo:
             }
         )
         await send({"type": "http.response.body", "body": json.dumps({"error": said}).encode()})
+
+
+def test_a_proxy_gets_no_token_for_this_machine(tmp_path, monkeypatch):
+    """With a proxy in the environment, a token for this machine is not sent before NO_PROXY leaves this machine out."""
+    for name in ("http_proxy", "https_proxy", "no_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    with serving(create_app(tmp_path, token=TOKEN)) as endpoint:
+        monkeypatch.setenv("HTTP_PROXY", "http://user:password@proxy.example:3128")
+        with pytest.raises(HubAuthError, match=r"proxy proxy\.example is in the way.* to NO_PROXY"):
+            hub.served("team/model", endpoint=endpoint, token=TOKEN)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+        assert hub.served("team/model", endpoint=endpoint, token=TOKEN) is None
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 409])
