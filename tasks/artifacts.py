@@ -139,10 +139,14 @@ def _figures(compared: Mapping[str, Any] | None) -> str:
         columns["Untrained"] = compared["untrained"]
     head = [f"| | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
     rows = [
-        f"| {METRICS[name].label} | {' | '.join(_loss(figures.get(name)) for figures in columns.values())} |"
+        f"| {METRICS[name].label} | {' | '.join(_figure(figures.get(name)) for figures in columns.values())} |"
         for name in compared["challenger"]
     ]
     return "\n".join([*head, *rows])
+
+
+def _figure(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.6g}"
 
 
 def _line(text: str) -> str:

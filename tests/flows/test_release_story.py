@@ -158,7 +158,7 @@ def test_a_better_model_is_published(world: World, tmp_path: Path):
     assert kept.decision["challenger"] < kept.decision["champion"]
     assert world.champion() == 3
     [card] = artifacts_of(state.state_details.flow_run_id)
-    assert f"| {kept.decision['challenger']:.4f} | {kept.decision['champion']:.4f} |" in card.data
+    assert f"| {kept.decision['challenger']:.6g} | {kept.decision['champion']:.6g} |" in card.data
     release = download(REPO, "v2", endpoint=world.server.endpoint, token=TOKEN, directory=tmp_path / "v2")
     text = (release / "README.md").read_text()
     figures = (f"| {kept.decision[name]:.6g} |" for name in ("challenger", "champion"))

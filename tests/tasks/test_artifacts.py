@@ -132,8 +132,8 @@ def test_a_release_card_tells_the_decision_and_the_figures(shown: list[dict[str,
         "| Where | https://hub.test/team/model |",
         DECISION["reason"],
         "| | New model | Served before (v3) | Untrained |",
-        "| held-out loss | 2.5000 | 2.7500 | 8.3000 |",
-        "| accuracy of the next token | 0.4000 | not measured | not measured |",
+        "| held-out loss | 2.5 | 2.75 | 8.3 |",
+        "| accuracy of the next token | 0.4 | not measured | not measured |",
     ):
         assert line in card["data"].splitlines()
 
