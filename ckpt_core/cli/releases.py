@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from ckpt_core.hub import Candidate
     from ckpt_core.hub.comparison import Comparison
     from ckpt_core.testing.hub_server import HubServer
+
+
+_SHOWN = 5
 
 
 def add_commands(commands: Commands) -> None:
@@ -61,8 +65,11 @@ def _publish(options: argparse.Namespace) -> Answer:
         return Answer(figures, [decision.reason, f"{options.where}: not published"], good=False)
     release = promote(options.where, _candidate(options, compared), tag=options.tag, endpoint=options.endpoint)
     state = "published" if release.created else "was published already, unchanged"
-    told = f"{release.repo_id} {release.tag} {state}: {release.url}"
-    return Answer(asdict(release) | figures, [decision.reason, told] if decision else [told])
+    told = [decision.reason] if decision else []
+    told.append(f"{release.repo_id} {release.tag} {state}: {release.url}")
+    if release.replaced:
+        told.append(f"main had files that no release has, and that are in its history only: {_some(release.replaced)}")
+    return Answer(asdict(release) | figures, told)
 
 
 def _compare(options: argparse.Namespace) -> Comparison:
@@ -117,6 +124,10 @@ def _serve_hub(options: argparse.Namespace) -> None:
         print(json.dumps(facts) if options.json else text, flush=True)  # noqa: T201 - the answer, before it blocks
 
     serve(options.directory, port=options.port, ready=ready)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
 def _hide_bars_of_others() -> None:

@@ -6,7 +6,7 @@ rest, and ends with the same release. All this is written once, for every kind o
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -153,7 +153,7 @@ def promote(
     name = tag or _tag_for(target, state, candidate, wanted, served=served)
     if name in state.tags and target.tree(state.tags[name]) != wanted:
         raise _taken(target, name, state.tags[name])
-    commit = state.head if served else None
+    commit, replaced = (state.head, ()) if served else (None, _unreleased(target, state, wanted))
     if commit is None:
         commit = advance(target, candidate.commit, candidate.parent, f"Publish {name}", wanted)
     if name not in state.tags:
@@ -161,7 +161,7 @@ def promote(
     if candidate.name in state.candidates:
         target.discard(candidate.name)
     created = not served or name not in state.tags
-    return describe(target, name, commit, wanted, created=created)
+    return replace(describe(target, name, commit, wanted, created=created), replaced=replaced)
 
 
 def discard(
@@ -178,6 +178,16 @@ def _tag_for(target: Target, state: State, candidate: Candidate, wanted: Tree, *
     unfinished = candidate.name in state.candidates
     same = {tag: commit for tag, commit in state.tags.items() if commit == state.head or not unfinished}
     return tag_of(target, same, state.head, wanted) or next_version(state.tags)
+
+
+def _unreleased(target: Target, state: State, wanted: Tree) -> tuple[str, ...]:
+    """Return the files that `main` had, that no release has, and that are other ones or gone now."""
+    if state.head is None:
+        return ()
+    before = target.tree(state.head)
+    if tag_of(target, state.tags, state.head, before) is not None:
+        return ()
+    return tuple(sorted(path for path, entry in before.items() if wanted.get(path) != entry))
 
 
 def _check_parent(target: Target, head: str | None, parent: str | None) -> None:

@@ -18,8 +18,9 @@ class Release:
     """An export that a target serves: its tag and commit, its address, and how much it is.
 
     `repo_id` and `endpoint` name a repository and its Hub; for a directory or bucket they are its address and None.
-    `tag` is None only for what `served` found: a publication that ended before its tag. `created` is False where
-    nothing had to be done.
+    `tag` is None only for what `served` found: a publication that ended before its tag, or a model from elsewhere.
+    `created` is False where nothing had to be done. `replaced` names the files that `main` had until then and that no
+    release has, such as a card that was edited by hand; they stay in its history.
     """
 
     repo_id: str
@@ -30,6 +31,7 @@ class Release:
     files: int
     bytes: int
     created: bool
+    replaced: tuple[str, ...] = ()
 
 
 def describe(target: Target, tag: str | None, commit: str, tree: Tree, *, created: bool) -> Release:

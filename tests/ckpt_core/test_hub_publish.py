@@ -62,6 +62,7 @@ def test_the_life_of_a_repository(client, export, tmp_path):
         "files": 6,
         "bytes": size + card,
         "created": True,
+        "replaced": [],
     }
     assert client.repo.refs().branches.keys() == {"main"}
     assert client.titles() == ["Publish v1", "initial commit"]
@@ -346,6 +347,19 @@ def test_a_hub_that_stays_busy_is_not_asked_for_ever(client, export):
             server.shutdown()
             thread.join()
     assert server.answered == [404] + [409] * 5
+
+
+def test_what_a_hand_changed_is_named_when_it_is_replaced(client, export):
+    """A release that replaces files that no release has says which; one after a release, or a roll back, none."""
+    first = client.publish(export)
+    entry = client.repo.store(b"theirs")
+    client.repo.apply("main", [Put("README.md", entry), Put("theirs.txt", entry)], "theirs", "", None)
+    second = client.publish(export)
+    assert (first["replaced"], second["replaced"]) == ([], ["README.md", "theirs.txt"])
+    assert client.publish(export)["replaced"] == []
+    client.publish(write_export(export, FILES | {"config.json": b"[]"}))
+    client.call("roll_back", REPO, "v1", endpoint=client.endpoint)
+    assert client.publish(export)["replaced"] == []
 
 
 def test_a_hub_that_is_not_there_is_named(client, export):
