@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from small_bucket import bucket, contents  # noqa: F401 - a fixture
 from small_convert import SMALL_FILES, converting, task_names, weights
 from small_retrain import file_digests, tiny_model
 
 from ckpt_core import PyTorchCheckpoint
+from ckpt_core.export import convert_checkpoint
+from ckpt_core.store import open_checkpoint
 from tasks.config import ExportSettings
 
 if TYPE_CHECKING:  # importing it changes how tracebacks are pickled, in every other test of this process
@@ -26,8 +29,8 @@ pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("prefect_home")]
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[LocalCluster]:
-    """Two worker processes, and no dashboard, whose port may be taken."""
+def cluster(bucket: str) -> Iterator[LocalCluster]:  # noqa: F811 - the fixture
+    """Two worker processes that reach the bucket, and no dashboard, whose port may be taken."""
     import distributed
 
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
@@ -53,6 +56,24 @@ def test_several_files_are_written_by_a_cluster(cluster: LocalCluster, checkpoin
     elsewhere = tmp_path / "elsewhere"
     converting(str(checkpoint), str(elsewhere), ExportSettings(max_shard_megabytes=SMALL_FILES))
     assert file_digests(elsewhere) == file_digests(target)
+
+
+def test_several_files_are_written_to_a_bucket(
+    cluster: LocalCluster,
+    bucket: str,  # noqa: F811 - the fixture
+    checkpoint: Path,
+    tmp_path: Path,
+):
+    """The workers send each file by themselves, and what lies in the bucket is what processes make on a disk."""
+    state = converting(str(checkpoint), f"{bucket}/dask/export", on_dask(cluster), return_state=True)
+    assert state.is_completed(), state.message
+    local = convert_checkpoint(open_checkpoint(checkpoint), tmp_path / "export", max_shard_bytes=5000)
+    assert contents(f"{bucket}/dask/export") == contents(str(local.path))
+    written = {f"write {file.name}": "Completed" for file in weights(tmp_path / "export")}
+    assert len(written) > 4
+    assert task_names(state.state_details.flow_run_id).items() >= written.items()
+    beside = {name.partition("/")[0] for name in contents(f"{bucket}/dask")}
+    assert beside == {"export", "export.settings.json"}
 
 
 def test_a_worker_that_dies_is_replaced(cluster: LocalCluster, checkpoint: Path, tmp_path: Path):

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 
-import fsspec
 import pytest
 import torch
-from moto.server import ThreadedMotoServer
+from small_bucket import bucket, contents  # noqa: F401 - a fixture
 from small_convert import SMALL_FILES, converting, task_names
 from small_retrain import tiny_model
 
-from ckpt_core import PyTorchCheckpoint, durable
+from ckpt_core import PyTorchCheckpoint
 from ckpt_core.export import convert_checkpoint
 from ckpt_core.store import open_checkpoint
-from ckpt_core.urls import place_of
 from flows.convert import convert
 from tasks.config import ExportSettings
 
@@ -24,27 +20,7 @@ pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("prefect_home")]
 SEVERAL = ExportSettings(max_shard_megabytes=SMALL_FILES)
 
 
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """The URL of a bucket on loopback, which other processes reach by their environment."""
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    s3 = fsspec.get_filesystem_class("s3")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        s3.clear_instance_cache()
-        fsspec.filesystem("s3").mkdir("exports")
-        yield "s3://exports"
-        s3.clear_instance_cache()
-    server.stop()
-
-
-def test_a_checkpoint_in_a_bucket_becomes_an_export_there(bucket: str, tmp_path: Path, tokenizer: str):
+def test_a_checkpoint_in_a_bucket_becomes_an_export_there(bucket: str, tmp_path: Path, tokenizer: str):  # noqa: F811 - the fixture
     """Validated, written by processes, and checked; it lies beside the run's steps, and the next run finds it."""
     step = PyTorchCheckpoint(tiny_model(tokenizer)).save(f"{bucket}/store", run="tiny", step=4, assets=tokenizer)
     state = convert(str(step.url), export=SEVERAL, return_state=True)
@@ -60,7 +36,7 @@ def test_a_checkpoint_in_a_bucket_becomes_an_export_there(bucket: str, tmp_path:
     assert beside == {"step_0000000004", "step_0000000004.settings.json"}
 
 
-def test_an_error_in_one_file_leaves_nothing_in_the_bucket(bucket: str, tmp_path: Path, tokenizer: str):
+def test_an_error_in_one_file_leaves_nothing_in_the_bucket(bucket: str, tmp_path: Path, tokenizer: str):  # noqa: F811 - the fixture
     """A NaN in one of several files fails the flow run with the error's text, and no object of it is left."""
     model = tiny_model(tokenizer)
     with torch.no_grad():
@@ -70,8 +46,3 @@ def test_an_error_in_one_file_leaves_nothing_in_the_bucket(bucket: str, tmp_path
     assert state.is_failed()
     assert "model.norm.weight: holds NaN or Inf" in state.message
     assert contents(f"{bucket}/broken") == {}
-
-
-def contents(url: str) -> dict[str, bytes]:
-    """Return the bytes of each file below a directory, by its path there."""
-    return {name: place.read_bytes() for name, place in durable.files_below(place_of(url))}
