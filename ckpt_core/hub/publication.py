@@ -182,12 +182,12 @@ def _tag_for(target: Target, state: State, candidate: Candidate, wanted: Tree, *
 
 def _unreleased(target: Target, state: State, wanted: Tree) -> tuple[str, ...]:
     """Return the files that `main` had, that no release has, and that are other ones or gone now."""
-    if state.head is None:
+    released = set(state.tags.values())
+    if state.head is None or state.head in released:
         return ()
+    kept = [wanted, *map(target.tree, released)]
     before = target.tree(state.head)
-    if tag_of(target, state.tags, state.head, before) is not None:
-        return ()
-    return tuple(sorted(path for path, entry in before.items() if wanted.get(path) != entry))
+    return tuple(path for path in sorted(before) if all(tree.get(path) != before[path] for tree in kept))
 
 
 def _check_parent(target: Target, head: str | None, parent: str | None) -> None:
