@@ -51,7 +51,7 @@ def choose(found: Mapping[str, Place], directory: Place) -> Carried:
     modules = _modules(found[MODULES_NAME]) if MODULES_NAME in found else ()
     own = {name for name in weights if _module_of(name, modules)}
     _check_formats(own, modules, directory)
-    kept = {name for name in own if name.endswith(".safetensors")}
+    kept = {name for name in own if name.endswith((".safetensors", ".safetensors.index.json"))}
     others = sorted({name.partition("/")[0] for name in weights - own if "/" in name})
     rules = [f"assets: {name} is carried as it is; {MODULES_NAME} names its directory" for name in sorted(kept)]
     rules += [f"assets: {name}/ is left out; it holds weights, and {MODULES_NAME} does not name it" for name in others]

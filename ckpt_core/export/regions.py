@@ -66,7 +66,7 @@ def region_of(sizes: Sequence[int], strides: Sequence[int], origin: int) -> Regi
 
 
 def row_major(shape: Sequence[int]) -> Shape:
-    """Return the strides of a contiguous tensor."""
+    """Return the strides of a contiguous tensor: the distances of neighbours along each axis, in elements."""
     return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 

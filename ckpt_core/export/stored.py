@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from ckpt_core.export.regions import row_major
 from ckpt_core.format.chunks import locate_chunk
 from ckpt_core.format.index import Shape, TensorEntry
 from ckpt_core.format.payload import Payload
@@ -119,8 +120,5 @@ class HfStored(_Files):
     def payload(self, name: str, number: int) -> Payload:  # noqa: ARG002 - there is only one
         """Return where the tensor's elements lie."""
         _, tensor = self._tensors[name]
-        steps = [1]
-        for size in reversed(tensor.shape[1:]):
-            steps.append(steps[-1] * size)
-        stride = tuple(reversed(steps)) if tensor.shape else ()
+        stride = row_major(tensor.shape)
         return Payload(tensor.offset, tensor.nbytes, 0, str(tensor.dtype), tensor.shape, stride, 0)

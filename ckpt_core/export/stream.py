@@ -10,6 +10,7 @@ from itertools import product
 import numpy as np
 
 from ckpt_core.export.recipe import Piece, Recipe
+from ckpt_core.export.regions import row_major
 from ckpt_core.export.stored import Box, Stored
 from ckpt_core.format import dtypes
 from ckpt_core.format.chunks import (
@@ -134,9 +135,8 @@ def cut(layout: Shape, limit: int) -> Iterator[Block]:
 
 def _meeting(these: Iterator[Block], parts: Sequence[_Part], layout: Shape) -> Iterator[tuple[Block, Sequence[_Part]]]:
     """Yield each block with the parts that may meet it: a tensor may have thousands, a block meets few of them."""
-    steps = _row_major(layout)
-    ranges = [(*_range(part.fills, steps), number) for number, part in enumerate(parts)]
-    waiting = sorted(ranges, reverse=True)
+    steps = row_major(layout)
+    waiting = sorted(((*_range(part.fills, steps), number) for number, part in enumerate(parts)), reverse=True)
     active: list[tuple[int, int, int]] = []
     for block in these:
         first, last = _range(block, steps)
@@ -144,11 +144,6 @@ def _meeting(these: Iterator[Block], parts: Sequence[_Part], layout: Shape) -> I
             active.append(waiting.pop())
         active = [entry for entry in active if entry[1] >= first]
         yield block, [parts[number] for _, _, number in active]
-
-
-def _row_major(shape: Shape) -> Shape:
-    """Return the distances of neighbours along each axis, in elements."""
-    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def _range(block: Block, steps: Sequence[int]) -> tuple[int, int]:
@@ -230,8 +225,8 @@ class _Part:
     def ranges(self, item: int) -> Iterator[Range]:
         """Yield the bytes of this part, `item` for each element, run by run."""
         length, start = self.run(), self._start(self.fills)
-        there = sum(at * step for at, step in zip(start, _row_major(self.box.sizes), strict=True))
-        here = sum(at * step for at, step in zip(self.fills.offsets, _row_major(self.layout), strict=True))
+        there = sum(at * step for at, step in zip(start, row_major(self.box.sizes), strict=True))
+        here = sum(at * step for at, step in zip(self.fills.offsets, row_major(self.layout), strict=True))
         loops, inner = self._loops(), 1
         while inner < length:
             inner *= loops.pop()[0]
@@ -242,9 +237,9 @@ class _Part:
 
     def _loops(self) -> list[tuple[int, int, int]]:
         """Return, for each axis of the layout, this part's size and the distances of elements there and here."""
-        there = _row_major(self.box.sizes)
+        there = row_major(self.box.sizes)
         steps = [0 if walked is None else there[walked] for walked in self.piece.axes]
-        return list(zip(self.fills.sizes, steps, _row_major(self.layout), strict=True))
+        return list(zip(self.fills.sizes, steps, row_major(self.layout), strict=True))
 
     def _start(self, shared: Block) -> list[int]:
         """Return where in the stored box that lies which fills a box of the layout."""
