@@ -75,7 +75,9 @@ def publish_or_keep(
         data: what the held-out data is called on the card.
     """
     decision = compared["decision"] if compared else None
-    parent = compared["served"]["commit"] if compared and compared["served"] else None
+    parent = None
+    if compared:
+        parent = compared["served"]["commit"] if compared["served"] else ""
     if compared and compared["same"]:  # an earlier flow run did it, or was killed before it had set the tag
         served = {"where": at.where, "name": "", "commit": parent, "parent": parent}
         return Verdict(decision, _promoted(at, served, decision, origin))

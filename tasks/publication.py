@@ -146,7 +146,8 @@ def stage(
         export: the export's directory.
         card: arguments of `ckpt_core.hub.render_card`, but for those that the settings give.
         curves: `train` and `heldout` losses as pairs of step and loss, for a picture on the card.
-        parent: the commit of `main` that the export was compared with; None for whichever it is.
+        parent: the commit of `main` that the export was compared with, empty for one without a model; None for
+            whichever it is.
 
     Returns:
         The fields of `ckpt_core.hub.Candidate`.

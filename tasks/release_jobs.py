@@ -56,8 +56,8 @@ def stage(request: Request) -> dict[str, Any]:
 
     Args:
         request: `export`; `where`, `endpoint` and `private` of the target; `parent`, the commit that `main` is to be
-            at, or null; `card`: arguments of `ckpt_core.hub.render_card`; `curves`: arguments of
-            `ckpt_core.hub.picture.loss_curve`, or null.
+            at, empty for one without a model, or null; `card`: arguments of `ckpt_core.hub.render_card`; `curves`:
+            arguments of `ckpt_core.hub.picture.loss_curve`, or null.
 
     Returns:
         The fields of `ckpt_core.hub.Candidate`.
