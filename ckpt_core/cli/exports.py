@@ -121,7 +121,11 @@ def _assets(options: argparse.Namespace, own: Place | None, source: Place) -> As
             f"{source}: has no config of its own; name one with --model PATH_OR_ID, or that of a LoRA adapter with "
             "--adapter DIR."
         )
-    assets = read_assets(own) if own else fetch_assets(options.model, options.tokenizer)
+    assets = (
+        read_assets(own)
+        if own and not options.tokenizer
+        else fetch_assets(options.model or str(own), options.tokenizer)
+    )
     return with_adapter_config(assets, adapter) if adapter else assets
 
 

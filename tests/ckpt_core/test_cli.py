@@ -277,6 +277,11 @@ def test_converts_options_do_what_they_say(ckpt: Run, place: Path, tmp_path: Pat
     words = ("--tokenizer", place / "words")
     assert ckpt("convert", place / "dcp", tmp_path / "words", "--model", bare, *words)[0] == 0
     assert (tmp_path / "words" / "tokenizer.json").exists()
+    other = tokenizer()
+    other.add_tokens(["<other>"])
+    other.save_pretrained(tmp_path / "other")
+    assert ckpt("convert", source, tmp_path / "other words", "--tokenizer", tmp_path / "other")[0] == 0
+    assert "<other>" in (tmp_path / "other words" / "tokenizer.json").read_text()
     model = model_of("llama tied")
     torch.nn.init.constant_(model.model.norm.weight, float("inf"))
     save_checkpoint(model, str(tmp_path / "inf"))
