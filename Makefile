@@ -32,9 +32,9 @@ types: install
 imports: install
 	$(BIN)/lint-imports --no-logo
 
-# Two files of tests at a time, in their order: most of a test's time is the start of one process after another.
+# Three files of tests at a time, in their order: much of a test's time is the start of one process after another.
 pytest: install
-	$(BIN)/pytest -m "not long" --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -m "not long" --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 long: install
 	$(BIN)/pytest -m long

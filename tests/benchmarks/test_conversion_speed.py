@@ -82,6 +82,7 @@ def test_against_a_digest(race: Any, checkpoint: Any, memory: Path) -> None:
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "goal"), [("through_torch_save", 7), ("through_a_model", 15)])
 def test_against_others(few: Any, checkpoint: Any, memory: Path, name: str, goal: float) -> None:
     """Without a cast, against `dcp_to_torch_save` and saving again, and against a live model and `save_pretrained`."""
@@ -94,6 +95,7 @@ def test_against_others(few: Any, checkpoint: Any, memory: Path, name: str, goal
     )
 
 
+@pytest.mark.long
 def test_with_all_checks(few: Any, checkpoint: Any, memory: Path) -> None:
     """Without a cast, with CRC32s, sha256, statistics and the search for NaN, against a live model as well."""
     few.run(

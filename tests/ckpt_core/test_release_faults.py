@@ -66,7 +66,8 @@ def test_each_request_fails_in_every_scene(campaign, scene, name):
     assert fail_each(campaign, scene, name) >= FEWEST[scene]
 
 
-@pytest.mark.parametrize("name", ["lost", pytest.param("503", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["lost", "503"])
 def test_each_request_fails_in_xet(xet_campaign, name):
     """The same holds of uploads through Xet."""
     assert fail_each(xet_campaign, "first release", name) >= FEWEST["first release"]

@@ -80,6 +80,7 @@ def test_several_files_are_written_by_processes(checkpoint: Path, tmp_path: Path
     assert identities(files) == before
 
 
+@pytest.mark.long
 def test_a_rerun_after_a_killed_process_keeps_finished_files(checkpoint: Path, tmp_path: Path):
     """The flow run fails and says what to do, nothing has the target's name, and the next one writes the rest."""
     settings, target = ExportSettings(max_shard_megabytes=SMALL_FILES), tmp_path / "export"

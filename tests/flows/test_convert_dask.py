@@ -76,6 +76,7 @@ def test_several_files_are_written_to_a_bucket(
     assert beside == {"export", "export.settings.json"}
 
 
+@pytest.mark.long
 def test_a_worker_that_dies_is_replaced(cluster: LocalCluster, checkpoint: Path, tmp_path: Path):
     """The scheduler gives its files to the others, and the flow run does not notice."""
     target, finished = tmp_path / "export", []
@@ -97,6 +98,7 @@ def kill_a_worker(cluster: LocalCluster, work: Path, finished: list[Path]) -> No
     finished += (work / "done").iterdir()
 
 
+@pytest.mark.long
 def test_an_error_in_one_file_is_the_flow_s(cluster: LocalCluster, tmp_path: Path, tokenizer: str):
     """A NaN fails the flow run with the error's name and text, and nothing has the target's name."""
     model = tiny_model(tokenizer)

@@ -36,6 +36,7 @@ def test_a_checkpoint_in_a_bucket_becomes_an_export_there(bucket: str, tmp_path:
     assert beside == {"step_0000000004", "step_0000000004.settings.json"}
 
 
+@pytest.mark.long
 def test_an_error_in_one_file_leaves_nothing_in_the_bucket(bucket: str, tmp_path: Path, tokenizer: str):  # noqa: F811 - the fixture
     """A NaN in one of several files fails the flow run with the error's text, and no object of it is left."""
     model = tiny_model(tokenizer)

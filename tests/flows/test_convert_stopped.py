@@ -20,7 +20,9 @@ from tasks.config import ExportSettings
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("prefect_home")]
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL], ids=["cancelled", "killed"])
+@pytest.mark.parametrize(
+    "how", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.long)], ids=["cancelled", "killed"]
+)
 def test_a_stopped_flow_leaves_no_process(checkpoint: Path, tmp_path: Path, how: signal.Signals):
     """Cancelled or killed, it leaves no process and nothing with the target's name; a rerun writes the other files."""
     target, work = tmp_path / "export", tmp_path / ".converting-export"

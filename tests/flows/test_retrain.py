@@ -243,6 +243,7 @@ def test_each_training_step_has_a_card(story: Story, second: dict[str, Any]):
     assert cards == ["step 16", "step 18"]
 
 
+@pytest.mark.long
 def test_a_model_that_is_not_better_is_kept_back(
     story: Story, second: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
