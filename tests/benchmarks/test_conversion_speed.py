@@ -68,6 +68,7 @@ def test_against_a_copy(race: Any, checkpoint: Any, memory: Path) -> None:
     )
 
 
+@pytest.mark.long
 def test_against_a_digest(race: Any, checkpoint: Any, memory: Path) -> None:
     """Cast to bfloat16, with CRC32s, sha256, statistics and the search for NaN, against `sha256sum` of the output."""
     convert(checkpoint, memory / "written", "--dtype", "bfloat16")
@@ -107,6 +108,7 @@ def test_with_all_checks(few: Any, checkpoint: Any, memory: Path) -> None:
     )
 
 
+@pytest.mark.long
 def test_startup(race: Any, checkpoint: Any, memory: Path) -> None:
     """From the start of the process to the first byte, against importing one class of transformers."""
     command = [sys.executable, "-c", "from transformers import LlamaForCausalLM"]

@@ -114,6 +114,7 @@ def kill_after_one_file(work: Path) -> None:
         process.kill()
 
 
+@pytest.mark.long
 def test_an_error_in_one_file_is_the_flow_s(tmp_path: Path, tokenizer: str):
     """A NaN in one of several files fails the flow run with the error's name and text; nothing is left."""
     model = tiny_model(tokenizer)
