@@ -27,7 +27,7 @@ from ckpt_core.format.index import Shape
 from ckpt_core.format.payload import Payload
 from ckpt_core.format.source import LocalSource
 
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 19
 """What is made at a time: it stays in a core's cache while it is checked, cast, digested and written."""
 
 _REMOTE_BLOCK_BYTES = 8 << 20
