@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _TEMPLATE = Path(__file__).with_name("card_template.md")
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
+_BREAKS = re.compile("[\x85\u2028\u2029]")
 _PICTURE = re.compile(r"[A-Za-z0-9_][\w.-]*", re.ASCII)
 
 
@@ -159,6 +160,17 @@ def _plain(facts: dict[str, Any]) -> dict[str, Any]:
         raise ArgumentError(f"a card's facts are text, numbers, lists and mappings of them ({error})") from None
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes Unicode's own line breaks as escapes: PyYAML folds text at U+0085 so that other text reads back."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        style = '"' if _BREAKS.search(text) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style)  # pyright: ignore[reportUnknownMemberType]
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
+
+
 def _front_matter(facts: Mapping[str, Any]) -> str:
     """Return the Hub's metadata as YAML that reads back as what was given."""
     from huggingface_hub import ModelCard, ModelCardData
@@ -178,7 +190,7 @@ def _front_matter(facts: Mapping[str, Any]) -> str:
     data = ModelCardData(**own, **facts["metadata"])
     if not data.eval_results:
         data.pop("model_name")
-    text: str = data.to_yaml()  # pyright: ignore[reportUnknownMemberType] one argument has no type
+    text = yaml.dump(data.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True).strip()
     try:
         again = ModelCard(f"---\n{text}\n---\n").data.to_dict()
     except (yaml.YAMLError, ValueError, TypeError) as error:

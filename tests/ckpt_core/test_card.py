@@ -11,7 +11,7 @@ import matplotlib as mpl
 import pytest
 import yaml
 from huggingface_hub import ModelCard
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ckpt_core.errors import ArgumentError
@@ -143,6 +143,8 @@ def test_hostile_names_stay_text():
 
 
 @settings(max_examples=60, deadline=None)
+@example("\x85x")
+@example("x \u2028\x85 y")
 @given(st.text(st.characters(codec="utf-8"), max_size=30).map(lambda text: text + "x"))
 def test_any_text_stays_text(name):
     """Whatever a name holds, the metadata gives it back, and the body has the same lines as with a plain one."""
