@@ -32,12 +32,13 @@ types: install
 imports: install
 	$(BIN)/lint-imports --no-logo
 
-# Three files of tests at a time, in their order: much of a test's time is the start of one process after another.
+# Three files of tests at a time, in their order: much of a test's time is the start of one process after another. The
+# generated cases are the same in every run; the long form draws new ones.
 pytest: install
-	$(BIN)/pytest -m "not long" --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -m "not long" --hypothesis-profile ci --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 long: install
-	$(BIN)/pytest -m long
+	$(BIN)/pytest -m "long or hypothesis"
 
 # 2.6 GB of state in two ranks: 20 minutes, 12 GB of memory, and nothing else running.
 bench: install
