@@ -5,6 +5,7 @@ Elsewhere than on a local file system, a file that was written whole is durable,
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import shutil
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
 
 _PART_BYTES = 16 << 20
 """What is sent to an object store in one request."""
+
+NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+"""How a file system says that it has no links, or not that many."""
+
+_HERE, _NO_REPLACE = -100, 1  # AT_FDCWD and RENAME_NOREPLACE of Linux
 
 
 def file_system(place: UPath) -> Any:
@@ -228,6 +234,48 @@ def rename_new(source: Path, target: Path) -> None:
             f"{target}: written and named, but flushing its directory failed ({error}); it may not survive a power "
             "cut. Check the disk, then save the next step."
         ) from error
+
+
+def link_new(source: Path, target: Path) -> bool:
+    """Link a file durably to a name that none may have; False where the file system has no links, or not that many.
+
+    Raises:
+        FileExistsError: the name is taken.
+    """
+    make_directory(target.parent)
+    try:
+        os.link(source, target)
+    except OSError as problem:
+        if problem.errno in NO_LINKS:
+            return False
+        raise
+    sync_directory(target.parent)
+    return True
+
+
+def create_whole(target: Path, data: bytes, apart: Path) -> None:
+    """Write a file that is whole from the first moment, and that must not exist yet; it is written as `apart` first.
+
+    Linking fails where there is one; so does the renaming, where there are no links.
+
+    Raises:
+        FileExistsError: there is one; nothing was changed.
+    """
+    write_new(apart, data)
+    try:
+        if not link_new(apart, target):
+            _rename_file_new(apart, target)
+            sync_directory(target.parent)
+    finally:
+        apart.unlink(missing_ok=True)
+
+
+def _rename_file_new(source: Path, target: Path) -> None:
+    """Rename a file to a name that none may have, in one call of Linux that Python does not offer."""
+    library = ctypes.CDLL(None, use_errno=True)
+    if library.renameat2(_HERE, os.fsencode(source), _HERE, os.fsencode(target), _NO_REPLACE):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(target))
 
 
 def _sync(path: Path, flags: int) -> None:

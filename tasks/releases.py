@@ -136,14 +136,10 @@ def _create(place: Place, data: bytes) -> None:
     durable.make_directory(place.parent)
     temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
-    durable.write_new(temporary, data)
     try:
-        place.hardlink_to(temporary)
+        durable.create_whole(place, data, temporary)
     except FileExistsError:
         raise StepExistsError(f"{place}: exists.") from None
-    finally:
-        temporary.unlink()
-    durable.sync_directory(place.parent)
 
 
 def _parse(place: Place) -> ReleaseRecord:

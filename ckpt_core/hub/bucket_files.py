@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import hashlib
-import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
@@ -24,8 +21,6 @@ if TYPE_CHECKING:
 
 _CHUNK_BYTES = 2**20
 _INCOMING = ".incoming"
-_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
-_HERE, _NO_REPLACE = -100, 1  # AT_FDCWD and RENAME_NOREPLACE of Linux
 
 
 class Files(Protocol):
@@ -105,23 +100,17 @@ class LocalFiles:
                 yield block
 
     def create(self, path: str, data: bytes) -> bool:
-        """Write the file apart, then link it, which fails where there is one; so does the renaming without links."""
-        apart, target = self._apart("records"), self._root / path
-        durable.write_new(apart, data)
+        """Write the file apart, and give it its name, if that is free."""
         try:
-            if not _link(apart, target):
-                _rename_new(apart, target)
-                durable.sync_directory(target.parent)
+            durable.create_whole(self._root / path, data, self._apart("records"))
         except FileExistsError:
             return self.read(path) == data
-        finally:
-            apart.unlink(missing_ok=True)
         return True
 
     def copy(self, source: str, target: str) -> bool:
         """Link a file."""
         try:
-            return _link(self._root / source, self._root / target)
+            return durable.link_new(self._root / source, self._root / target)
         except FileExistsError:
             return True
 
@@ -155,7 +144,7 @@ class LocalFiles:
         try:
             apart.symlink_to(directory)
         except OSError as problem:
-            if problem.errno in _NO_LINKS:
+            if problem.errno in durable.NO_LINKS:
                 return
             raise
         apart.replace(main)
@@ -231,27 +220,6 @@ class RemoteFiles:
 
     def forget(self, scratch: str) -> None:
         """Leave it to the store to forget uploads that did not end."""
-
-
-def _link(source: Path, target: Path) -> bool:
-    """Link a file to a name that none may have; False where the file system has no links, or not that many."""
-    durable.make_directory(target.parent)
-    try:
-        os.link(source, target)
-    except OSError as problem:
-        if problem.errno in _NO_LINKS:
-            return False
-        raise
-    durable.sync_directory(target.parent)
-    return True
-
-
-def _rename_new(source: Path, target: Path) -> None:
-    """Rename a file to a name that none may have, in one call of Linux that Python does not offer."""
-    library = ctypes.CDLL(None, use_errno=True)
-    if library.renameat2(_HERE, os.fsencode(source), _HERE, os.fsencode(target), _NO_REPLACE):
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), str(target))
 
 
 def _write_checked(sink: Sink, content: Content, path: str) -> None:
