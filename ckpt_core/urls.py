@@ -38,6 +38,11 @@ def place_of(url: str | Place) -> Place:
     return place if place.name or place.parent == place else place.parent  # a slash at the end names no other place
 
 
+def is_url(text: str) -> bool:
+    """Whether this is written like a URL, of whatever scheme."""
+    return _SCHEME.match(text) is not None
+
+
 def is_reachable(url: str | Place) -> bool:
     """Whether `place_of` takes it."""
     try:

@@ -73,7 +73,7 @@ def compare(
         DamagedError: the export is not what its `export.json` says, or holds not all weights.
         HubError: the target cannot be read.
     """
-    contents = read_contents(Path(export), lambda _: "")
+    contents = read_contents(export, lambda _: "")
     release = served(where, endpoint=endpoint, token=token)
     if release is not None:
         tree = open_target(where, endpoint=endpoint, token=token).tree(release.commit)

@@ -5,11 +5,13 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 from ckpt_core.durable import file_size
 from ckpt_core.errors import ArgumentError, DamagedError
+from ckpt_core.urls import is_url
 
 MANIFEST = "export.json"
 CARD = "README.md"
@@ -18,8 +20,6 @@ _BLOCK_BYTES = 2**20
 LARGE_BYTES = 2**20
 """Files above this size in bytes are sent one at a time, and are not read where that can be helped."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_OF_A_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(.*)", re.DOTALL)
-"""A URL that was made a path, which has one slash where a URL has two."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,9 @@ class Content:
 
 
 def read_contents(
-    export: Path, card: str | Callable[[Mapping[str, Any]], str], pictures: Mapping[str, bytes] | None = None
+    source: str | PathLike[str],
+    card: str | Callable[[Mapping[str, Any]], str],
+    pictures: Mapping[str, bytes] | None = None,
 ) -> dict[str, Content]:
     """Return every file of the release by its path.
 
@@ -67,7 +69,7 @@ def read_contents(
         ArgumentError: no local directory, two cards, or a picture whose name is taken or none.
         DamagedError: the directory and `export.json` do not agree.
     """
-    _check_local(export)
+    export = _local(source)
     manifest = _in_memory(_read(export / MANIFEST))
     record = _record(export, cast("bytes", manifest.source))
     contents = _listed(export, record)
@@ -101,15 +103,15 @@ def check_weights(export: Path) -> None:
     read_weights(export)
 
 
-def _check_local(export: Path) -> None:
-    if export.is_dir():
-        return
-    if url := _OF_A_URL.fullmatch(str(export)):
+def _local(source: str | PathLike[str]) -> Path:
+    if Path(source).is_dir():
+        return Path(source)
+    if is_url(str(source)):
         raise ArgumentError(
-            f"{url[1]}://{url[2]} is a URL, and only local exports are published: copy it to a "
+            f"{source} is a URL, and only local exports are published: copy it to a "
             "directory, with export.json last, and publish that; or convert to a local directory"
         )
-    raise ArgumentError(f"{export} is not a directory; publish takes what ckpt convert wrote")
+    raise ArgumentError(f"{source} is not a directory; publish takes what ckpt convert wrote")
 
 
 def _in_memory(data: bytes) -> Content:

@@ -110,7 +110,7 @@ def stage(
     if tag is not None:
         check_tag(tag)
     target = open_target(where, endpoint=endpoint, token=token, private=private, write=True)
-    contents = read_contents(Path(export), card if card is not None else partial(export_card, str(where)), pictures)
+    contents = read_contents(export, card if card is not None else partial(export_card, str(where)), pictures)
     state = target.prepare()
     name = name_of(contents)
     if tag is not None and tag in state.tags:
