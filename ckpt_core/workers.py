@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -34,6 +35,22 @@ def share_heap() -> None:
         ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
+def run_all(calls: Sequence[Callable[[], T]], workers: int, *, name: str) -> list[T]:
+    """Run calls, several at once, until one fails: its error is raised, and what was not begun is left.
+
+    Args:
+        calls: in the order of their results.
+        workers: how many threads.
+        name: what the threads are called.
+    """
+    with ThreadPoolExecutor(workers, thread_name_prefix=name) as pool:
+        futures = [pool.submit(call) for call in calls]
+        try:
+            return [future.result() for future in futures]
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
 def in_parallel(
     read: Callable[[Sequence[T]], None], items: Sequence[T], sizes: Sequence[int], *, remote: bool = False
 ) -> None:
@@ -51,13 +68,7 @@ def in_parallel(
     if workers <= 1:
         read(items)
         return
-    with ThreadPoolExecutor(workers, thread_name_prefix="ckpt-read") as pool:
-        futures = [pool.submit(read, share) for share in shares]
-        try:
-            for future in futures:
-                future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    run_all([partial(read, share) for share in shares], workers, name="ckpt-read")
 
 
 def _shares(items: Sequence[T], sizes: Sequence[int], share_bytes: int) -> Iterator[list[T]]:

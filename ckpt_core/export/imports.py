@@ -11,8 +11,8 @@ What a killed import leaves there, the next one to the same target deletes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +34,7 @@ from ckpt_core.format.index import Span
 from ckpt_core.hf_weights import HfWeights, read_weights
 from ckpt_core.state import MODEL_KEY
 from ckpt_core.urls import local_path
-from ckpt_core.workers import count_workers
+from ckpt_core.workers import count_workers, run_all
 
 if TYPE_CHECKING:
     from ckpt_core.urls import Place
@@ -143,13 +143,9 @@ class _Writing:
     def write_all(self, jobs: Mapping[str, Job], workers: int) -> dict[str, list[tuple[Part, Span]]]:
         """Write files, by their names, until one fails; return the chunks of each tensor."""
         found: dict[str, list[tuple[Part, Span]]] = {}
-        with ThreadPoolExecutor(workers, thread_name_prefix="ckpt-import") as pool:
-            futures = [pool.submit(self._write, name, *job) for name, job in jobs.items()]
-            try:
-                for part, span in (chunk for future in futures for chunk in future.result()):
-                    found.setdefault(part.output.name, []).append((part, span))
-            finally:
-                pool.shutdown(cancel_futures=True)
+        calls = [partial(self._write, name, *job) for name, job in jobs.items()]
+        for part, span in (chunk for chunks in run_all(calls, workers, name="ckpt-import") for chunk in chunks):
+            found.setdefault(part.output.name, []).append((part, span))
         return found
 
     def _write(self, name: str, weights: HfWeights, parts: list[Part]) -> list[tuple[Part, Span]]:

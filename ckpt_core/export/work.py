@@ -6,8 +6,8 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from ckpt_core.export.stored import DcpStored
 from ckpt_core.export.write import Care, write_shard
 from ckpt_core.format.digests import digest_bytes
 from ckpt_core.urls import place_of
+from ckpt_core.workers import run_all
 
 if TYPE_CHECKING:
     from ckpt_core.durable import Sink
@@ -115,13 +116,7 @@ class Work(ABC):
         """Write all files of weights that are still to be written, several at once, until one fails."""
         names = self.undone
         told = Tally(progress, sum(shard["bytes"] for name, shard in self.plan["shards"].items() if name in names))
-        with ThreadPoolExecutor(workers, thread_name_prefix="ckpt-convert") as pool:
-            futures = [pool.submit(self.write, name, told.add) for name in names]
-            try:
-                for future in futures:
-                    future.result()
-            finally:
-                pool.shutdown(cancel_futures=True)
+        run_all([partial(self.write, name, told.add) for name in names], workers, name="ckpt-convert")
 
     def check_done(self) -> None:
         """Check that nothing is left to do.
