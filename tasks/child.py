@@ -11,7 +11,7 @@ from typing import Any
 
 from ckpt_core.errors import CkptError
 from tasks.lines import Lines
-from tasks.process import GRACE_S, TAIL_LINES, ChildFailedError, how_it_ended, last_lines, supervise
+from tasks.process import GRACE_S, TAIL_LINES, ChildFailedError, Start, how_it_ended, last_lines, supervise
 
 RESULT = "CKPTFLOW_RESULT"
 
@@ -23,8 +23,9 @@ def run_json(
     on_line: Callable[[str], None],
     env: Mapping[str, str] | None = None,
     grace_s: float = GRACE_S,
+    start: Start | None = None,
 ) -> Any:
-    """Run `python -m module args...` as `tasks.process.run` does; what the child gave to `write_result`.
+    """Run `python -m module args...` as `tasks.process.supervise` does; what the child gave to `write_result`.
 
     `ChildFailedError` when it fails: with the message alone when `child_main` reported an error meant for people, else
     with the exit code or signal and the last lines.
@@ -33,7 +34,8 @@ def run_json(
         path = Path(directory) / "result.json"
         output = Lines(on_line, keep=TAIL_LINES)
         command = [sys.executable, "-u", "-m", module, *args]
-        code = supervise(command, output=output, env={**(env or {}), RESULT: str(path)}, grace_s=grace_s)
+        given = {**(env or {}), RESULT: str(path)}
+        code = supervise(command, output=output, env=given, grace_s=grace_s, start=start)
         result = _read(path)
     if code:
         raise ChildFailedError(_reported(result) or f"{module} {how_it_ended(code)}{last_lines(output.tail)}")

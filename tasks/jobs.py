@@ -14,9 +14,22 @@ from typing import Any
 from ckpt_core.errors import ArgumentError
 from tasks import release_jobs
 from tasks.child import child_main
+from tasks.config import DataSettings, ModelSettings
 from tasks.conversion_jobs import check_export, convert, finish_conversion
 
 Request = dict[str, Any]
+
+
+def prepare(request: Request) -> dict[str, Any]:
+    """Prepare text for training; see `tasks.worker.prepare`.
+
+    Args:
+        request: `model` and `data` (the fields of their settings), `output`, and `tokenizer`, a directory or null.
+    """
+    from tasks.worker.prepare import prepare
+
+    model, data = ModelSettings.model_validate(request["model"]), DataSettings.model_validate(request["data"])
+    return prepare(model, data, request["output"], request["tokenizer"])
 
 
 def validate(request: Request) -> dict[str, Any]:
@@ -39,7 +52,7 @@ def validate(request: Request) -> dict[str, Any]:
 
 
 JOBS: dict[str, Callable[[Request], dict[str, Any]]] = {
-    job.__name__: job for job in (validate, convert, finish_conversion, check_export, *release_jobs.JOBS)
+    job.__name__: job for job in (prepare, validate, convert, finish_conversion, check_export, *release_jobs.JOBS)
 }
 
 

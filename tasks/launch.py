@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from prefect.logging import get_run_logger
 
+from tasks import zygote
 from tasks.child import run_json
 from tasks.process import ChildFailedError
 
@@ -28,7 +30,8 @@ def run_job(
     Args:
         name: the job's.
         request: its request, of JSON types.
-        env: what to add to the child's environment.
+        env: what to add to the child's environment. Without it, and without a token, the child is forked from a
+            process that has imported torch and transformers.
         token: the Hub's, for the child's environment alone; by default what `HF_TOKEN` is here. Whatever the child
             says, the token is in none of it.
 
@@ -37,9 +40,12 @@ def run_job(
     """
     known = (token or os.environ.get("HF_TOKEN") or "").strip()  # as the client sends it
     log, arguments = log_line(), [name, json.dumps(request)]
-    environment = {**_QUIET, **_progress(), **(env or {}), **({"HF_TOKEN": known} if known else {})}
+    environment = {**_quiet(), **(env or {}), **({"HF_TOKEN": known} if known else {})}
+    start = partial(zygote.fork_module, env=_quiet()) if env is None and token is None else None
     try:
-        return run_json("tasks.jobs", arguments, on_line=lambda line: log(_hide(known, line)), env=environment)
+        return run_json(
+            "tasks.jobs", arguments, on_line=lambda line: log(_hide(known, line)), env=environment, start=start
+        )
     except ChildFailedError as error:
         message = _hide(known, str(error))
     raise ChildFailedError(message)
@@ -49,6 +55,11 @@ def _hide(token: str, text: str) -> str:
     return text.replace(token, "<token>") if token else text
 
 
-def _progress() -> dict[str, str]:
-    """Silence tqdm's bars, which a log cannot redraw, unless the user has set it otherwise."""
-    return {"TQDM_DISABLE": os.environ.get("TQDM_DISABLE", "1")}
+def warm_up() -> None:
+    """Import what jobs need, in a process beside this one."""
+    zygote.warm_up(_quiet())
+
+
+def _quiet() -> dict[str, str]:
+    """Return what silences libraries; tqdm's bars, which a log cannot redraw, unless the user has set it otherwise."""
+    return {**_QUIET, "TQDM_DISABLE": os.environ.get("TQDM_DISABLE", "1")}

@@ -18,9 +18,11 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import Protocol
 
+from tasks.held import held
 from tasks.lines import Lines
 
 GRACE_S = 20.0  # Prefect sends SIGKILL 30 s after SIGTERM
@@ -37,6 +39,69 @@ class ChildFailedError(RuntimeError):
     """A child process failed; the message says which, how it ended and what it printed last."""
 
 
+@dataclass(frozen=True)
+class Surroundings:
+    """What a command finds when it starts."""
+
+    sink: int
+    """A file descriptor: its standard output and error."""
+
+    kept: Sequence[int]
+    """Reading ends of pipes that its tree writes to, for the reaper to drain when this process is gone."""
+
+    env: Mapping[str, str]
+    """The whole environment."""
+
+    cwd: str
+    grace_s: float
+
+
+class Reaper(Protocol):
+    """A running `tasks.reaper`, which this process started."""
+
+    def poll(self) -> int | None:
+        """Return how the command ended, when all of it has: its exit code, or minus a signal's number."""
+        ...
+
+    def terminate(self) -> None:
+        """Ask for the tree's end."""
+
+    def close(self) -> None:
+        """Close its lifeline, which asks for the tree's end too."""
+
+    def leave(self) -> None:
+        """Let it end by itself, without anybody who waits."""
+
+
+Start = Callable[[Sequence[str], Surroundings], Reaper]
+
+
+class ExecutedReaper(subprocess.Popen[bytes]):
+    """A reaper that executes a command."""
+
+    def __init__(self, command: Sequence[str], around: Surroundings) -> None:
+        options = [str(os.getpid()), str(around.grace_s), ",".join(map(str, around.kept))]
+        super().__init__(
+            [sys.executable, "-I", "-S", str(REAPER), *options, *command],
+            stdin=subprocess.PIPE,  # never written: its end tells the reaper that this process is gone
+            stdout=around.sink,
+            stderr=around.sink,
+            env=around.env,
+            cwd=around.cwd,
+            pass_fds=(*around.kept, *held()),
+            process_group=0,
+        )
+
+    def close(self) -> None:
+        """Close its lifeline."""
+        assert self.stdin is not None
+        self.stdin.close()
+
+    def leave(self) -> None:
+        """Have a thread collect its exit status: nobody else does."""
+        threading.Thread(target=self.wait, daemon=True).start()
+
+
 def run(
     command: Sequence[str],
     *,
@@ -45,16 +110,17 @@ def run(
     cwd: str | os.PathLike[str] | None = None,
     grace_s: float = GRACE_S,
     tail_lines: int = TAIL_LINES,
+    start: Start | None = None,
 ) -> None:
     """Run `command` to its end; raise `ChildFailedError` unless it exits with 0.
 
     `on_line` gets each line of standard output and error, without its end, in this thread. `env` is added to this
     process's environment. Any exception here, from `on_line` too, stops the command and all its descendants: SIGTERM,
     SIGKILL for what is left after `grace_s` seconds. A second exception during that wait does not wait for the end,
-    which comes all the same.
+    which comes all the same. `start` starts the command under a reaper, in another way than by executing both.
     """
     output = Lines(on_line, keep=tail_lines)
-    code = supervise(command, output=output, env=env, cwd=cwd, grace_s=grace_s)
+    code = supervise(command, output=output, env=env, cwd=cwd, grace_s=grace_s, start=start)
     if code:
         raise ChildFailedError(f"{shorten(command)} {how_it_ended(code)}{last_lines(output.tail)}")
 
@@ -67,6 +133,7 @@ def supervise(
     env: Mapping[str, str] | None = None,
     cwd: str | os.PathLike[str] | None = None,
     grace_s: float = GRACE_S,
+    start: Start | None = None,
 ) -> int:
     """`run` for a caller with readers of its own; the exit code, or minus the number of the signal that ended it.
 
@@ -81,63 +148,40 @@ def supervise(
         readers = {receive: output, **(streams or {})}
         full_env = {**os.environ, **(env or {}), MARK: mark}
         with os.fdopen(send, "wb") as sink:
-            reaper = _start(command, grace_s=grace_s, sink=sink, kept=list(readers), env=full_env, cwd=cwd)
-        assert reaper.stdin is not None
-        stack.enter_context(reaper.stdin)
+            around = Surroundings(sink.fileno(), list(readers), full_env, str(cwd or Path.cwd()), grace_s)
+            reaper = (start or ExecutedReaper)(command, around)
+        stack.callback(reaper.close)
         try:
-            _pump(reaper, readers, mark)
+            return _pump(reaper, readers, mark)
         except BaseException:
             _stop(reaper, readers, mark)
             raise
-        return reaper.returncode
 
 
-def _start(
-    command: Sequence[str],
-    *,
-    grace_s: float,
-    sink: IO[bytes],
-    kept: Sequence[int],
-    env: Mapping[str, str],
-    cwd: str | os.PathLike[str] | None,
-) -> subprocess.Popen[bytes]:
-    """The reaper, about to start `command`."""
-    options = [str(os.getpid()), str(grace_s), ",".join(map(str, kept))]
-    return subprocess.Popen(
-        [sys.executable, "-I", "-S", str(REAPER), *options, *command],
-        stdin=subprocess.PIPE,  # never written: its end tells the reaper that this process is gone
-        stdout=sink,
-        stderr=sink,
-        env=env,
-        cwd=cwd,
-        pass_fds=kept,
-        process_group=0,
-    )
-
-
-def _stop(reaper: subprocess.Popen[bytes], readers: Mapping[int, Lines], mark: str) -> None:
+def _stop(reaper: Reaper, readers: Mapping[int, Lines], mark: str) -> None:
     """Ask for the tree's end, and pump on until it has come."""
     reaper.terminate()
     try:
         _drain(reaper, readers, mark)
     except BaseException:
-        threading.Thread(target=reaper.wait, daemon=True).start()  # nobody else collects its exit status
+        reaper.leave()
         raise
 
 
-def _pump(reaper: subprocess.Popen[bytes], readers: Mapping[int, Lines], mark: str) -> None:
-    """Feed the readers until the reaper has ended and the pipes are dry."""
+def _pump(reaper: Reaper, readers: Mapping[int, Lines], mark: str) -> int:
+    """Feed the readers until the reaper has ended and the pipes are dry; return how the command ended."""
     poller = select.poll()
     for fd in readers:
         poller.register(fd, select.POLLIN)
-    while reaper.poll() is None:
+    while (code := reaper.poll()) is None:
         _read(poller, readers, POLL_MS)
-    if reaper.returncode < 0:
+    if code < 0:
         _kill_marked(mark)
     while _read(poller, readers, 0):
         pass
     for lines in readers.values():
         lines.close()
+    return code
 
 
 def _read(poller: select.poll, readers: Mapping[int, Lines], timeout_ms: int) -> bool:
@@ -152,11 +196,13 @@ def _read(poller: select.poll, readers: Mapping[int, Lines], timeout_ms: int) ->
     return found
 
 
-def _drain(reaper: subprocess.Popen[bytes], readers: Mapping[int, Lines], mark: str) -> None:
+def _drain(reaper: Reaper, readers: Mapping[int, Lines], mark: str) -> None:
     """Pump on, past further failures of `on_line`: `Lines` calls it no more once it has raised."""
-    while True:
+    ended = False
+    while not ended:
         try:
-            return _pump(reaper, readers, mark)
+            _pump(reaper, readers, mark)
+            ended = True
         except Exception:  # noqa: BLE001, S112 - the first exception is the one that the caller will see
             continue
 

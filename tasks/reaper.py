@@ -42,16 +42,22 @@ class Caller:
         self._pid = pid
         self._kept = kept
         self._asked = False
-        self._bell, ring = os.pipe()
+        self._bell, self._ring = os.pipe()
         self._lifeline = select.poll()
         self._lifeline.register(0, 0)  # only POLLHUP: the caller never writes
-        for end in (self._bell, ring):
+        for end in (self._bell, self._ring):
             os.set_blocking(end, False)
-        signal.set_wakeup_fd(ring)
+        signal.set_wakeup_fd(self._ring)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._ask)
+
+    def forget(self) -> None:
+        """In a fork of this process: hear of nothing any more."""
+        signal.set_wakeup_fd(-1)
+        os.close(self._bell)
+        os.close(self._ring)
 
     def _ask(self, *_: object) -> None:
         self._asked = True
@@ -76,20 +82,12 @@ class Caller:
 
 
 class Tree:
-    """The command and all its descendants."""
+    """A command, the leader of a process group of its own, and all its descendants."""
 
-    def __init__(self, command: list[str]) -> None:
+    def __init__(self, pid: int) -> None:
         self.status: int | None = None
         self._termed: set[int] = set()
-        self._pid = os.posix_spawnp(
-            command[0],
-            command,
-            os.environ,
-            file_actions=[(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)],
-            setpgroup=0,
-            setsigmask=(),
-            setsigdef=(signal.SIGPIPE, signal.SIGXFSZ, signal.SIGTERM),  # Python, or the caller, ignores them
-        )
+        self._pid = pid
 
     def reap(self) -> bool:
         """Bury the dead; whether any descendant is left. Each has a chain of living parents up to here."""
@@ -131,17 +129,23 @@ def _signal_group(group: int, number: int) -> None:
         os.killpg(group, number)
 
 
-def descendants() -> set[int]:
-    """The process ids of all descendants of this process, from /proc."""
-    children: dict[int, list[int]] = {}
+def children() -> dict[int, list[int]]:
+    """The process ids of all processes' children, by their parents', from /proc."""
+    found: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
             parent = int(stat.read_bytes().rpartition(b")")[2].split()[1])  # "pid (any name) state parent ..."
-            children.setdefault(parent, []).append(int(stat.parent.name))
+            found.setdefault(parent, []).append(int(stat.parent.name))
+    return found
+
+
+def descendants() -> set[int]:
+    """The process ids of all descendants of this process."""
+    families = children()
     found: set[int] = set()
     todo = [os.getpid()]
     while todo:
-        young = children.get(todo.pop(), [])
+        young = families.get(todo.pop(), [])
         found.update(young)
         todo.extend(young)
     return found
@@ -151,6 +155,39 @@ def prctl(option: int, value: int) -> None:
     """Set one attribute of this process; nothing where there is no such call."""
     if ON_LINUX and ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0):
         raise OSError(ctypes.get_errno(), f"prctl({option}, {value}): {os.strerror(ctypes.get_errno())}")
+
+
+def spawn(command: list[str]) -> int:
+    """Start a command in a process group of its own; return its process id."""
+    return os.posix_spawnp(
+        command[0],
+        command,
+        os.environ,
+        file_actions=[(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)],
+        setpgroup=0,
+        setsigmask=(),
+        setsigdef=(signal.SIGPIPE, signal.SIGXFSZ, signal.SIGTERM),  # Python, or the caller, ignores them
+    )
+
+
+def adopt(caller: int, kept: list[int]) -> Caller:
+    """Become the ancestor of orphans, and hear of the caller's death."""
+    for fd in kept:
+        os.set_inheritable(fd, False)
+    heard = Caller(caller, kept)
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    return heard
+
+
+def watch(tree: Tree, caller: Caller, grace_s: float) -> int:
+    """Return how the command ended, when no process of its tree is left: its exit code, or minus a signal's number."""
+    while tree.reap() and tree.status is None and not caller.wants_end():
+        caller.wait()
+    if tree.status is None:
+        tree.term_command()
+    end_tree(tree, caller, grace_s)
+    return 1 if tree.status is None else tree.status
 
 
 def end_tree(tree: Tree, caller: Caller, grace_s: float) -> None:
@@ -184,25 +221,15 @@ def leave_like(status: int) -> None:
 def main(arguments: list[str]) -> None:
     """Run the command to its end."""
     parent, grace_s, kept, *command = arguments
-    fds = [int(fd) for fd in kept.split(",")]
-    for fd in fds:
-        os.set_inheritable(fd, False)
-    caller = Caller(int(parent), fds)
-    prctl(PR_SET_CHILD_SUBREAPER, 1)
-    prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if caller.wants_end():  # it died before the line above
+    caller = adopt(int(parent), [int(fd) for fd in kept.split(",")])
+    if caller.wants_end():  # it died before it could be heard of
         sys.exit(1)
     try:
-        tree = Tree(command)
+        pid = spawn(command)
     except OSError as error:
         sys.stderr.write(f"cannot start {command[0]}: {error.strerror}\n")
         sys.exit(127)
-    while tree.reap() and tree.status is None and not caller.wants_end():
-        caller.wait()
-    if tree.status is None:
-        tree.term_command()
-    end_tree(tree, caller, float(grace_s))
-    leave_like(1 if tree.status is None else tree.status)
+    leave_like(watch(Tree(pid), caller, float(grace_s)))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,8 @@ from ckpt_core import PyTorchCheckpoint, open_store
 from ckpt_core.errors import NotACheckpointError, StepExistsError
 from ckpt_core.store import Checkpoint, local_path, step_name
 from tasks import artifacts
-from tasks.child import run_json
 from tasks.config import DataSettings, Job, ModelSettings
-from tasks.launch import log_line
+from tasks.launch import log_line, run_job
 from tasks.record import RECORD_NAME
 from tasks.torchrun import run_torchrun
 
@@ -31,10 +29,7 @@ def prepare_data(model: ModelSettings, data: DataSettings, directory: str, token
         "output": directory,
         "tokenizer": tokenizer,
     }
-    with tempfile.TemporaryDirectory() as temporary:
-        path = Path(temporary) / "request.json"
-        path.write_text(json.dumps(request))
-        return run_json("tasks.worker.prepare", [str(path)], on_line=log_line())
+    return run_job("prepare", request)
 
 
 @task(task_run_name="train {job.step.name} to step {job.end_step}")

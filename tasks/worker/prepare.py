@@ -1,8 +1,4 @@
-"""Data preparation: text in, tokenizer and packed tokens out.
-
-`python -m tasks.worker.prepare REQUEST.json` is a child process for `tasks.child.run_json`; the request holds the
-arguments of `prepare`.
-"""
+"""Data preparation: text in, tokenizer and packed tokens out."""
 
 from __future__ import annotations
 
@@ -11,7 +7,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import uuid
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -19,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckpt_core.errors import ArgumentError
-from tasks.child import child_main
 from tasks.config import DataSettings, ModelSettings
 from tasks.worker.documents import Document, fingerprint, read_documents, split_documents
 from tasks.worker.tokenizer import load_tokenizer, train_tokenizer
@@ -67,16 +61,6 @@ def prepare(
             _write(staging, documents, data, loaded, vocab_size)
             staging.rename(directory)
     return _result(directory)
-
-
-def prepare_request(request: dict[str, Any]) -> dict[str, Any]:
-    """Call `prepare` with arguments of JSON types: `model`, `data`, `output` and, if there is one, `tokenizer`."""
-    return prepare(
-        ModelSettings.model_validate(request["model"]),
-        DataSettings.model_validate(request["data"]),
-        request["output"],
-        request.get("tokenizer"),
-    )
 
 
 def _checked_vocab_size(model: ModelSettings, data: DataSettings) -> int:
@@ -165,9 +149,3 @@ def _result(directory: Path) -> dict[str, Any]:
         **json.loads((directory / _RESULT).read_text()),
         **{part: vars(info) for part, info in sets.items()},
     }
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 2:  # noqa: PLR2004
-        sys.exit("usage: python -m tasks.worker.prepare REQUEST.json")
-    child_main(lambda: prepare_request(json.loads(Path(sys.argv[1]).read_text())))

@@ -64,9 +64,9 @@ def test_another_process_agrees(tmp_path):
         "model": TINY.model_dump(),
         "data": tiny_data(tmp_path / "text").model_dump(),
         "output": str(tmp_path / "child"),
+        "tokenizer": None,
     }
-    (tmp_path / "request.json").write_text(json.dumps(request))
-    command = [sys.executable, "-W", "error", "-m", "tasks.worker.prepare", str(tmp_path / "request.json")]
+    command = [sys.executable, "-W", "error", "-m", "tasks.jobs", "prepare", json.dumps(request)]
     child = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False)
     assert child.stderr == ""
     assert files_below(json.loads(child.stdout)["directory"]) == files_below(here["directory"])
