@@ -16,6 +16,7 @@ from tasks import release_jobs
 from tasks.child import child_main
 from tasks.config import DataSettings, ModelSettings
 from tasks.conversion_jobs import check_export, convert, finish_conversion
+from tasks.maintenance_jobs import verify_runs
 
 Request = dict[str, Any]
 
@@ -52,7 +53,8 @@ def validate(request: Request) -> dict[str, Any]:
 
 
 JOBS: dict[str, Callable[[Request], dict[str, Any]]] = {
-    job.__name__: job for job in (prepare, validate, convert, finish_conversion, check_export, *release_jobs.JOBS)
+    job.__name__: job
+    for job in (prepare, validate, convert, finish_conversion, check_export, verify_runs, *release_jobs.JOBS)
 }
 
 
