@@ -6,15 +6,43 @@ flows, tasks and training ranks can all read it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator, model_validator
 
 PYTHON_STDLIB = "python-stdlib"
 """The data source that is on every machine: the source code of Python's own standard library."""
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+
+def expected(what: str) -> WrapValidator:
+    """Have an error say what was expected in words; the form has the pattern."""
+
+    def check(value: Any, validate: Callable[[Any], Any]) -> Any:
+        try:
+            return validate(value)
+        except ValidationError:
+            raise ValueError(f"expected {what}; found {value!r}") from None
+
+    return WrapValidator(check)
+
+
+Name = Annotated[
+    str,
+    Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"),
+    expected("1 to 64 letters, digits, '.', '_' or '-', the first a letter or a digit"),
+]
 """A name that is also a directory's name."""
+
+Module = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*$"), expected("a module's name, such as my_package.train")]
+"""A Python module, by the name that it is imported by."""
+
+Repository = Annotated[
+    str,
+    Field(pattern=r"^([\w.-]+/[\w.-]+|[./~].*|[A-Za-z][\w+.-]*://.+)$"),
+    expected("owner/name, an absolute path or a URL"),
+]
+"""A repository on the Hub, or a directory or bucket of releases."""
 
 
 class Settings(BaseModel):
@@ -129,7 +157,27 @@ class ComputeSettings(Settings):
     """Where training runs."""
 
     ranks: int = Field(default=2, ge=1)
-    """Processes on this machine; on GPUs, one a GPU."""
+    """Processes on each machine; on GPUs, one a GPU."""
+
+    nodes: int = Field(default=1, ge=1)
+    """Machines to train on: this one, and others on which `python -m tasks.node STORE RUN` waits. All have the store
+    at the same path."""
+
+    rendezvous: str | None = Field(default=None, pattern=r"^[\w.-]+:\d{1,5}$")
+    """With several nodes: `host:port` at which the other machines reach this one, say `10.0.0.5:29400`. Open the port
+    to them alone: torchrun trusts whoever connects."""
+
+    max_restarts: int = Field(default=0, ge=0)
+    """How often a training job goes on by itself, from its newest checkpoint, when a signal killed a rank or a machine
+    was lost. An error in the program is never tried again."""
+
+    min_ranks: int | None = Field(default=None, ge=1)
+    """Go on with the ranks that are left, but no fewer than this many on all machines together: the most of them that
+    share the batch evenly. Empty means that as many as before start again."""
+
+    gpu_slots: str | None = None
+    """Name of a Prefect global concurrency limit of which training on GPUs takes a slot for each rank, waiting until
+    they are free. Empty means that nobody counts."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA when there is one."""
@@ -141,10 +189,27 @@ class ComputeSettings(Settings):
     async_save: bool = True
     """Train on while a checkpoint is written. It takes memory of the size of model and optimizer."""
 
-    trainer: str = Field(default="tasks.worker", pattern=r"^[A-Za-z_][\w.]*$")
+    tensorboard: bool = False
+    """Write losses, learning rate, gradient norm and speed for TensorBoard, to `<store>/<run>/tensorboard`."""
+
+    trainer: Module = "tasks.worker"
     """The module that torchrun starts. Yours may replace it: it is given the path of a job file (JSON: store,
     run, start_step, end_step, parent, lineage, settings) and commits a checkpoint of end_step, with that lineage, to
     that store."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.nodes > 1 and self.rendezvous is None:
+            raise ValueError(
+                f"nodes is {self.nodes}, but rendezvous is empty; give host:port at which the other machines reach "
+                "this one, or set nodes to 1"
+            )
+        if self.min_ranks is not None and not (self.max_restarts and self.min_ranks <= self.nodes * self.ranks):
+            raise ValueError(
+                f"min_ranks is {self.min_ranks}, with nodes {self.nodes}, ranks {self.ranks} and max_restarts "
+                f"{self.max_restarts}; expected at most nodes * ranks, and max_restarts of 1 or more"
+            )
+        return self
 
 
 class ValidationSettings(Settings):
@@ -191,7 +256,7 @@ class PolicySettings(Settings):
 class HubSettings(Settings):
     """Where the release goes, and when it does. The token is never given here: see `token_block`."""
 
-    repo_id: str = Field(default="local/stdlib-llama", pattern=r"^([\w.-]+/[\w.-]+|[./~].*|[A-Za-z][\w+.-]*://.+)$")
+    repo_id: Repository = "local/stdlib-llama"
     """`owner/name` on the Hub; or a directory or bucket for releases, as an absolute path or a URL."""
 
     endpoint: str | None = None

@@ -76,6 +76,9 @@ def test_every_default_is_plain(settings: type[BaseModel]):
         (TrainingStep, "learning_rate", 0),
         (TrainingStep, "micro_batch_size", 0),
         (ComputeSettings, "ranks", 0),
+        (ComputeSettings, "nodes", 0),
+        (ComputeSettings, "rendezvous", "no-port"),
+        (ComputeSettings, "max_restarts", -1),
         (ComputeSettings, "device", "tpu"),
         (ComputeSettings, "grace_seconds", 0),
         (ComputeSettings, "trainer", "my trainer.py"),
@@ -87,6 +90,23 @@ def test_a_value_out_of_range_is_refused(settings: type[BaseModel], field: str, 
     """The error names the field."""
     with pytest.raises(ValidationError, match=field):
         settings.model_validate({field: value})
+
+
+@pytest.mark.parametrize(
+    ("compute", "message"),
+    [
+        ({"nodes": 2}, r"nodes is 2, but rendezvous is empty; give host:port"),
+        ({"min_ranks": 1}, r"min_ranks is 1, .* max_restarts 0; expected .* max_restarts of 1 or more"),
+        (
+            {"min_ranks": 3, "max_restarts": 1},
+            r"min_ranks is 3, with nodes 1, ranks 2 .* expected at most nodes \* ranks",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_each_other_are_refused(compute: dict[str, object], message: str):
+    """The error names both fields and what is expected of them."""
+    with pytest.raises(ValidationError, match=message):
+        ComputeSettings.model_validate(compute)
 
 
 @pytest.mark.parametrize("run", ["", ".hidden", "a/b", "..", "x" * 65, "name\n"])

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import pickle
 import re
 import signal
 import tempfile
@@ -14,7 +15,7 @@ from programs.probe import MARK, PROGRAMS, marked, pid_of, wait_until, wait_unti
 
 from ckpt_core.errors import ArgumentError
 from tasks.process import ChildFailedError
-from tasks.torchrun import run_torchrun
+from tasks.torchrun import RankFailure, RanksFailedError, run_torchrun
 
 
 class Job(threading.Thread):
@@ -91,6 +92,10 @@ def test_a_rank_that_raises_is_named_with_its_traceback(mark, tmp_path):
     assert message.startswith("rank: rank 1 of 2 ended with exit code 1; its last lines:\n")
     assert message.endswith("\nValueError: no such batch: 7")
     assert "rank 0" not in message
+    error = pickle.loads(pickle.dumps(job.error))  # as results of tasks are
+    assert isinstance(error, RanksFailedError)
+    assert (str(error), error.failures) == (message, (RankFailure(1, 1, error.failures[0].lines),))
+    assert not error.failures[0].died
 
 
 def test_a_rank_that_is_killed_is_named_with_its_signal(mark, tmp_path):
@@ -136,6 +141,6 @@ def test_no_rank_is_an_error():
 
 def test_this_process_needs_neither_torch_nor_prefect():
     """The supervising side imports nothing heavy."""
-    for name in ("lines", "process", "child", "torchrun", "reaper"):
+    for name in ("lines", "process", "child", "torchrun", "reaper", "addresses", "nodes", "node", "elastic"):
         text = Path(PROGRAMS.parents[2], "tasks", f"{name}.py").read_text()
         assert not re.search(r"^\s*(import|from) (torch|prefect)\b", text, re.MULTILINE)
