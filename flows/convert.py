@@ -12,9 +12,11 @@ from prefect.runtime import flow_run
 from ckpt_core import open_checkpoint
 from ckpt_core.store import Checkpoint
 from ckpt_core.urls import place_of
+from tasks import artifacts
 from tasks.config import ExportSettings, ValidationSettings
 from tasks.conversion import convert_checkpoint
-from tasks.validation import check_export, validate
+from tasks.results import ReferenceSerializer
+from tasks.validation import EXPORT_CHECK, VALIDATION, check_export, validate
 
 
 def _run_name() -> str:
@@ -22,7 +24,7 @@ def _run_name() -> str:
     return "convert " + Path(flow_run.parameters["checkpoint"]).name
 
 
-@flow(name="convert", flow_run_name=_run_name)
+@flow(name="convert", flow_run_name=_run_name, persist_result=False, result_serializer=ReferenceSerializer())
 def convert(
     checkpoint: str,
     output: str | None = None,
@@ -41,10 +43,12 @@ def convert(
         allow_nonfinite: accept NaN and Inf in the weights.
     """
     found = open_checkpoint(checkpoint)
-    validate(found.url, found.run, None, ValidationSettings(allow_nonfinite=allow_nonfinite))
+    validated = validate(found.url, found.run, None, ValidationSettings(allow_nonfinite=allow_nonfinite))
+    artifacts.report_table(VALIDATION, found.run, validated["checks"])
     target = output or default_target(found, export)
     exported = convert_checkpoint(found.url, found.run, target, export, allow_nonfinite=allow_nonfinite)
     checks = check_export(found.url, found.run, exported["path"])
+    artifacts.report_table(EXPORT_CHECK, found.run, checks)
     return {"checkpoint": found.url, "export": exported["path"], "checks": checks}
 
 

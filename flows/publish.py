@@ -18,6 +18,7 @@ from flows.verdict import Origin, publish_or_keep
 from tasks import artifacts
 from tasks.config import HubSettings
 from tasks.publication import check_hub, compare, destination
+from tasks.results import ReferenceSerializer
 
 
 def _run_name() -> str:
@@ -25,7 +26,7 @@ def _run_name() -> str:
     return "publish " + Path(flow_run.parameters["export"]).name
 
 
-@flow(name="publish", flow_run_name=_run_name)
+@flow(name="publish", flow_run_name=_run_name, persist_result=False, result_serializer=ReferenceSerializer())
 def publish(
     export: str,
     hub: HubSettings = HubSettings(),

@@ -35,11 +35,12 @@ from tasks.config import (
 )
 from tasks.conversion import convert_checkpoint
 from tasks.publication import check_hub, compare, destination
+from tasks.results import ReferenceSerializer
 from tasks.training import prepare_data, train
-from tasks.validation import check_export, validate
+from tasks.validation import EXPORT_CHECK, VALIDATION, check_export, validate
 
 
-@flow(name="retrain", flow_run_name="retrain {run}")
+@flow(name="retrain", flow_run_name="retrain {run}", persist_result=False, result_serializer=ReferenceSerializer())
 def retrain(
     store: str = "runs",
     run: Name = "default",
@@ -84,11 +85,13 @@ def retrain(
     with record.only_retrain(store, run):
         begun = record.begin(store, run, plan)
         prepared = _prepare(store, run, model, data, begun)
-        checkpoints = [train(job) for job in _jobs(store, run, model, steps, compute, seed, begun, prepared)]
+        checkpoints = [_trained(job) for job in _jobs(store, run, model, steps, compute, seed, begun, prepared)]
         checkpoint = checkpoints[-1]
         validated = validate(str(checkpoint.url), run, prepared["heldout_tokens"], validation)
+        artifacts.report_table(VALIDATION, run, validated["checks"])
         exported = _export(checkpoint, run, export, validation, model)
         checked = check_export(str(checkpoint.url), run, exported["path"])
+        artifacts.report_table(EXPORT_CHECK, run, checked)
         with destination(store, hub) as at:
             untrained = {"model": model.model_dump(), "tokenizer": prepared["tokenizer"], "seed": seed}
             compared = compare(
@@ -128,6 +131,13 @@ def _prepare(store: str, run: str, model: ModelSettings, data: DataSettings, beg
         origin = open_checkpoint(directory / step_name(begun.parent))
     assets = origin.component("assets") if origin else None
     return prepare_data(model, data, str(directory / "data"), str(assets) if assets else None)
+
+
+def _trained(job: Job) -> PyTorchCheckpoint:
+    """Train, or find what was trained before, and show it."""
+    checkpoint = train(job)
+    artifacts.checkpoint_card(str(checkpoint.url))
+    return checkpoint
 
 
 def _export(

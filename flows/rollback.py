@@ -14,9 +14,15 @@ from ckpt_core.store import CHAMPION
 from tasks import artifacts, releases
 from tasks.config import HubSettings, Name
 from tasks.publication import check_hub, destination, roll_back
+from tasks.results import ReferenceSerializer
 
 
-@flow(name="rollback", flow_run_name="roll {repo} back to {to}")
+@flow(
+    name="rollback",
+    flow_run_name="roll {repo} back to {to}",
+    persist_result=False,
+    result_serializer=ReferenceSerializer(),
+)
 def rollback(
     store: str, run: Name, repo: str, to: str, endpoint: str | None = None, token_block: str | None = None
 ) -> dict[str, Any]:

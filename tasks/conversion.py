@@ -17,9 +17,11 @@ from ckpt_core import open_checkpoint
 from ckpt_core.errors import ArgumentError, CkptError, CommitError
 from ckpt_core.urls import place_of
 from tasks import artifacts
+from tasks.caching import ByContent, export_identity
 from tasks.config import ExportSettings
 from tasks.launch import run_job
 from tasks.process import ChildFailedError
+from tasks.results import ReferenceSerializer
 from tasks.runners import task_runner
 
 
@@ -38,7 +40,7 @@ def convert_checkpoint(
     process that plans it. A conversion that was stopped goes on with the files that it had not finished.
 
     Returns:
-        `path`, `files` (bytes and sha256 of each), `rules`, `architecture`, `reused`.
+        `path`, `files` (bytes and sha256 of each), `rules` and `architecture`.
 
     Raises:
         DamagedError, ExportError: a file could not be made; nothing is left of the conversion.
@@ -58,21 +60,37 @@ def convert_checkpoint(
     runner = task_runner(settings.dask_address)
     with open_checkpoint(url).lease():
         begun = begin(request)
-        export = begun["export"]
-        if export is None:
+        if begun["export"] is None:
             _write_all(runner, begun["target"], begun["undone"])
-            export = finish(request)
+            begun = finish(request)
+    export = begun["export"]
     artifacts.export_card(run, export)
     return export
 
 
-@task(task_run_name="convert {request[run]}")
+def _what_decides(request: dict[str, Any]) -> dict[str, Any]:
+    settings = {name: value for name, value in request.items() if name not in {"run", "url"}}
+    target = str(place_of(request["target"]))
+    return {**settings, "target": target, "checkpoint": open_checkpoint(request["url"]).manifest.digest()}
+
+
+def _holds(begun: dict[str, Any]) -> bool:
+    """Whether the export that a conversion ended with is still there; one that was only begun is gone on with."""
+    export = begun["export"]
+    return export is not None and export_identity(export["path"])["made"] == export["files"]
+
+
+_conversions = ByContent(name="conversion", content=_what_decides, holds=_holds)
+"""Shared by `begin` and `finish`, so that a later `begin` finds the export that `finish` made."""
+
+
+@task(task_run_name="convert {request[run]}", cache_policy=_conversions, result_serializer=ReferenceSerializer())
 def begin(request: dict[str, Any]) -> dict[str, Any]:
     """Plan a conversion, and do it unless there are several files to write; see `tasks.jobs.convert`."""
     return run_job("convert", request)
 
 
-@task(task_run_name="write {name}")
+@task(task_run_name="write {name}", persist_result=False)
 def write_file(target: str, name: str) -> None:
     """Write one file of a conversion that was begun, in any process that reaches its target.
 
@@ -90,10 +108,13 @@ def write_file(target: str, name: str) -> None:
     convert_shard(place, name)
 
 
-@task(task_run_name="finish export of {request[run]}")
+@task(
+    task_run_name="finish export of {request[run]}", cache_policy=_conversions, result_serializer=ReferenceSerializer()
+)
 def finish(request: dict[str, Any]) -> dict[str, Any]:
-    """Give an export whose files are all written its name; see `tasks.jobs.finish_conversion`."""
-    return run_job("finish_conversion", request)
+    """Give an export whose files are all written its name; return what `begin` does for one that is made."""
+    export = run_job("finish_conversion", request)
+    return {"target": request["target"], "undone": [], "export": export, "reused": False}
 
 
 def _write_all(runner: TaskRunner[Any], target: str, names: Sequence[str]) -> None:

@@ -31,7 +31,8 @@ def convert(request: Request) -> dict[str, Any]:
             `merge_adapter`, `trust_remote_code`.
 
     Returns:
-        `target`; `undone`, the names of the files to write; `export`, what `finish_conversion` returns, or null.
+        `target`; `undone`, the names of the files to write; `export`, what `finish_conversion` returns, or null; and
+        whether it was `reused`, as it was made before.
 
     Raises:
         ExportExistsError: `target` holds something else than an export of this checkpoint.
@@ -40,11 +41,11 @@ def convert(request: Request) -> dict[str, Any]:
     from ckpt_core.export.conversion import model_of, own_assets, source_of
 
     checkpoint, target = open_checkpoint(request["url"]), place_of(request["target"])
-    settings, begun = _settings(request), {"target": str(target), "undone": [], "export": None}
+    settings, begun = _settings(request), {"target": str(target), "undone": [], "export": None, "reused": False}
     _check_replaceable(target, checkpoint.manifest.digest())
     export = _made_of(target, checkpoint.manifest.digest(), settings)
     if export is not None:
-        return {**begun, "export": _described(export, reused=True)}
+        return {**begun, "export": _described(export), "reused": True}
     assets = own_assets(checkpoint, trust_remote_code=settings.pop("trust_remote_code"))
     source = source_of(checkpoint)
     undone = begin_conversion(model_of(checkpoint), target, assets=assets, source=source, overwrite=True, **settings)
@@ -68,7 +69,7 @@ def finish_conversion(request: Request) -> dict[str, Any]:
         request: that of `convert`.
 
     Returns:
-        `path`, `files` (bytes and sha256 of each), `rules`, `architecture`, and whether it was `reused`.
+        `path`, `files` (bytes and sha256 of each), `rules` and `architecture`.
 
     Raises:
         ExportExistsError: `target` holds something else than an export of this checkpoint.
@@ -79,7 +80,7 @@ def finish_conversion(request: Request) -> dict[str, Any]:
     _check_replaceable(target, open_checkpoint(request["url"]).manifest.digest())
     made = export.finish_conversion(target, overwrite=True)
     _settings_file(target).write_bytes(json.dumps(_settings(request)).encode())
-    return _described(made, reused=False)
+    return _described(made)
 
 
 def check_export(request: Request) -> dict[str, Any]:
@@ -105,13 +106,12 @@ def _settings_file(target: Place) -> Place:
     return target.parent / f"{target.name}.settings.json"
 
 
-def _described(export: Export, *, reused: bool) -> dict[str, Any]:
+def _described(export: Export) -> dict[str, Any]:
     return {
         "path": str(export.path),
         "files": export.files,
         "rules": export.rules,
         "architecture": export.architecture,
-        "reused": reused,
     }
 
 

@@ -74,7 +74,7 @@ def destination(store: str, settings: HubSettings) -> Generator[Destination]:
             yield Destination(where, server.endpoint, f"{LOCAL_HUB}/{where}", directory, block)
 
 
-@task(task_run_name="check the way to {settings.repo_id}")
+@task(task_run_name="check the way to {settings.repo_id}", persist_result=False)
 def check_hub(settings: HubSettings, tokens: bool = False) -> None:
     """Refuse to begin what could not be published. Sends nothing.
 
@@ -97,7 +97,7 @@ def check_hub(settings: HubSettings, tokens: bool = False) -> None:
         Connection.open(settings.endpoint, token, write=True)
 
 
-@task(task_run_name="compare with {at.address}")
+@task(task_run_name="compare with {at.address}", persist_result=False)
 def compare(
     at: Destination,
     settings: HubSettings,
@@ -129,7 +129,7 @@ def compare(
     return _run("compare", at, request)
 
 
-@task(task_run_name="stage at {at.address}")
+@task(task_run_name="stage at {at.address}", persist_result=False)
 def stage(
     at: Destination,
     settings: HubSettings,
@@ -162,7 +162,7 @@ def stage(
     return _run("stage", at, request)
 
 
-@task(task_run_name="promote at {at.address}")
+@task(task_run_name="promote at {at.address}", persist_result=False)
 def promote(at: Destination, candidate: Mapping[str, Any]) -> dict[str, Any]:
     """Have `main` serve a candidate, in one commit, and tag it; one that it serves already is found and left alone.
 
@@ -173,13 +173,13 @@ def promote(at: Destination, candidate: Mapping[str, Any]) -> dict[str, Any]:
     return _told("ckpt.release.published", at, release)
 
 
-@task(task_run_name="discard at {at.address}")
+@task(task_run_name="discard at {at.address}", persist_result=False)
 def discard(at: Destination, candidate: Mapping[str, Any]) -> None:
     """Take away a candidate that was rejected."""
     _run("discard", at, {"candidate": dict(candidate)})
 
 
-@task(task_run_name="roll {at.address} back to {to}")
+@task(task_run_name="roll {at.address} back to {to}", persist_result=False)
 def roll_back(at: Destination, to: str) -> dict[str, Any]:
     """Have `main` serve an earlier release again, by a new commit that holds its files.
 

@@ -10,17 +10,18 @@ from prefect import task
 from prefect.events import emit_event
 from prefect.logging import get_run_logger
 
-from ckpt_core import PyTorchCheckpoint, open_store
+from ckpt_core import PyTorchCheckpoint, open_checkpoint, open_store
 from ckpt_core.errors import NotACheckpointError, StepExistsError
 from ckpt_core.store import Checkpoint, local_path, step_name
-from tasks import artifacts
+from tasks.caching import ByContent
 from tasks.config import DataSettings, Job, ModelSettings
 from tasks.launch import log_line, run_job
 from tasks.record import RECORD_NAME
+from tasks.results import ReferenceSerializer
 from tasks.torchrun import run_torchrun
 
 
-@task(task_run_name="prepare {data.source}")
+@task(task_run_name="prepare {data.source}", persist_result=False)
 def prepare_data(model: ModelSettings, data: DataSettings, directory: str, tokenizer: str | None) -> dict[str, Any]:
     """Read, split, tokenize and pack text, or find what was prepared before; see `tasks.worker.prepare`."""
     request = {
@@ -32,9 +33,32 @@ def prepare_data(model: ModelSettings, data: DataSettings, directory: str, token
     return run_job("prepare", request)
 
 
-@task(task_run_name="train {job.step.name} to step {job.end_step}")
+def _what_decides(job: Job) -> dict[str, Any]:
+    """Return what a job's checkpoint is determined by, but for where and by how many ranks it is trained."""
+    parent = job.start_step if job.parent is None else job.parent
+    origin = local_path(job.store) / job.run / step_name(parent)
+    return {
+        **job.model_dump(include={"store", "run", "start_step", "end_step", "seed", "model", "step"}),
+        "plan": job.lineage.get("plan"),
+        "data": job.lineage.get("data"),
+        "trainer": job.compute.trainer,
+        "parent": open_checkpoint(origin).manifest.digest() if origin.exists() else None,
+    }
+
+
+def _is_there(checkpoint: PyTorchCheckpoint) -> bool:
+    return open_checkpoint(str(checkpoint.url)).manifest.digest() == checkpoint.to_dict()["digest"]
+
+
+@task(
+    task_run_name="train {job.step.name} to step {job.end_step}",
+    cache_policy=ByContent(name="checkpoint", content=_what_decides, holds=_is_there),
+    result_serializer=ReferenceSerializer(),
+)
 def train(job: Job) -> PyTorchCheckpoint:
     """Run one training job under torchrun, from its newest checkpoint on; return a reference to its last one.
+
+    The caller shows that one, so that each flow run does which trained it or found it.
 
     Raises:
         ChildFailedError: a rank failed; the message has its last lines.
@@ -80,6 +104,5 @@ def _check_own(newest: Checkpoint, job: Job) -> None:
 def _emit(path: Path) -> PyTorchCheckpoint:
     checkpoint = PyTorchCheckpoint.from_url(path)
     url = str(checkpoint.url)
-    artifacts.checkpoint_card(url)
     emit_event("ckpt.checkpoint.committed", resource={"prefect.resource.id": url}, payload={"url": url})
     return checkpoint

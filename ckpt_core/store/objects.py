@@ -34,10 +34,15 @@ def names_in(directory: UPath) -> list[str]:
 
 def sizes_below(directory: UPath) -> dict[str, int]:
     """Return the size in bytes of each object below a directory, by its path relative to it, from one listing."""
+    return {name: int(entry["size"]) for name, entry in entries_below(directory).items()}
+
+
+def entries_below(directory: UPath) -> dict[str, dict[str, Any]]:
+    """Return what the store tells of each object below a directory, by its path relative to it, from one listing."""
     base = directory.path.rstrip("/") + "/"
     found = cast("dict[str, dict[str, Any]]", _call(directory, "find", detail=True))
     return {
-        path.removeprefix(base): int(entry["size"])
+        path.removeprefix(base): entry
         for path, entry in found.items()
         if path.startswith(base) and not path.endswith("/")  # a console's mark of an empty directory
     }

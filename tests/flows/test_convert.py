@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("prefect_home")]
 
 
 def test_a_checkpoint_becomes_an_export_once(checkpoint: Path):
-    """A URL or a path is all it takes: weights, cast as asked, config and tokenizer; a second run writes nothing."""
+    """A URL or a path is all it takes: weights, cast as asked, config and tokenizer; a second run finds it all."""
     settings = ExportSettings(dtype="bfloat16")
     state = convert(checkpoint.as_uri(), export=settings, return_state=True)
     result = state.result()
@@ -39,8 +39,12 @@ def test_a_checkpoint_becomes_an_export_once(checkpoint: Path):
     assert keys == {"validation-tiny", "export-tiny", "export-check-tiny"}
 
     before = file_digests(export), (export / "model.safetensors").stat().st_mtime_ns
-    assert convert(str(checkpoint), export=settings) == result
+    again = convert(str(checkpoint), export=settings, return_state=True)
+    assert again.result() == result
     assert (file_digests(export), (export / "model.safetensors").stat().st_mtime_ns) == before
+    cached = dict.fromkeys(["validate tiny", "convert tiny", "check export of tiny"], "Cached")
+    assert task_names(again.state_details.flow_run_id) == cached
+    assert {artifact.key for artifact in artifacts_of(again.state_details.flow_run_id)} == keys
 
 
 def test_a_damaged_checkpoint_is_refused_with_reasons(checkpoint: Path):
@@ -76,8 +80,10 @@ def test_several_files_are_written_by_processes(checkpoint: Path, tmp_path: Path
     assert all(torch.equal(tensor, saved[name].to(torch.bfloat16)) for name, tensor in tensors.items())
     assert {path.name for path in tmp_path.iterdir()} >= {"export", "export.settings.json"}
     before = identities(files)
-    assert converting(str(checkpoint), str(target), settings) == state.result() | {"reused": True}
+    again = converting(str(checkpoint), str(target), settings, return_state=True)
+    assert again.result() == state.result()
     assert identities(files) == before
+    assert task_names(again.state_details.flow_run_id) == {"convert tiny": "Cached"}
 
 
 @pytest.mark.long

@@ -31,7 +31,8 @@ def test_a_checkpoint_in_a_bucket_becomes_an_export_there(bucket: str, tmp_path:
     assert contents(result["export"]) == contents(str(local.path))
     written = [name for name in task_names(state.state_details.flow_run_id) if name.startswith("write ")]
     assert len(written) == len(list(local.path.glob("*.safetensors"))) > 4
-    assert converting(str(step.url), result["export"], SEVERAL)["reused"]
+    again = converting(str(step.url), result["export"], SEVERAL, return_state=True)
+    assert task_names(again.state_details.flow_run_id) == {"convert tiny": "Cached"}
     beside = {name.partition("/")[0] for name in contents(f"{bucket}/store/tiny/exports")}
     assert beside == {"step_0000000004", "step_0000000004.settings.json"}
 

@@ -55,8 +55,9 @@ def request_of(url: str, target: Path | str, **changes: Any) -> dict[str, Any]:
 
 
 def convert(url: str, target: Path | str, **changes: Any) -> dict[str, Any]:
-    """Convert to a single file with the default settings, but for the changes."""
-    return jobs.convert(request_of(url, target, **changes))["export"]
+    """Convert to a single file with the default settings, but for the changes; tell whether it was made before."""
+    done = jobs.convert(request_of(url, target, **changes))
+    return {**done["export"], "reused": done["reused"]}
 
 
 def with_nan(model: torch.nn.Module) -> None:
@@ -138,13 +139,13 @@ def test_several_files_are_left_to_others(commit, tmp_path):
     request = request_of(commit(), tmp_path / "export", max_shard_bytes=30_000)
     first, *others = begun = jobs.convert(request)["undone"]
     convert_shard(tmp_path / "export", first)
-    assert jobs.convert(request) == {"target": request["target"], "undone": others, "export": None}
+    assert jobs.convert(request) == {"target": request["target"], "undone": others, "export": None, "reused": False}
     assert len(others) > 1
     for name in others:
         convert_shard(tmp_path / "export", name)
     made = jobs.finish_conversion(request)
     assert made["files"].keys() >= set(begun)
-    assert jobs.convert(request)["export"] == {**made, "reused": True}
+    assert jobs.convert(request) == {"target": request["target"], "undone": [], "export": made, "reused": True}
 
 
 def test_the_last_file_is_written_at_once(commit, tmp_path):
