@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,11 @@ from ckpt_core.errors import NotACheckpointError, StepExistsError
 from ckpt_core.store import Checkpoint, local_path, step_name
 from tasks.caching import ByContent
 from tasks.config import DataSettings, Job, ModelSettings
+from tasks.elastic import run_ranks
+from tasks.gpu_slots import gpu_slots
 from tasks.launch import log_line, run_job
 from tasks.record import RECORD_NAME
 from tasks.results import ReferenceSerializer
-from tasks.torchrun import run_torchrun
 
 
 @task(task_run_name="prepare {data.source}", persist_result=False)
@@ -69,16 +69,8 @@ def train(job: Job) -> PyTorchCheckpoint:
     if newest is not None and newest.step > job.start_step:
         _check_own(newest, job)
     if newest is None or newest.step < job.end_step:
-        with tempfile.TemporaryDirectory() as temporary:
-            path = Path(temporary) / "job.json"
-            path.write_text(job.model_dump_json(indent=1))
-            run_torchrun(
-                job.compute.trainer,
-                [str(path)],
-                ranks=job.compute.ranks,
-                on_line=log_line(),
-                grace_s=job.compute.grace_seconds,
-            )
+        with gpu_slots(job.compute):
+            run_ranks(job, log_line())
     else:
         get_run_logger().info("step %d is committed already", job.end_step)
     path = local_path(job.store) / job.run / step_name(job.end_step)
