@@ -105,6 +105,7 @@ def retrain(
         checks = [*validated["checks"], *checked]
         losses = {"validated": validated["heldout_loss"], "unigram": prepared["unigram_loss"]}
         summary = Summary.of(checkpoints, checks, exported, compared, verdict, losses, at)
+        artifacts.lineage_card(run, summary.to_dict(), str(summary.keep(store)))
         record.conclude(store, run, begun, summary.outcome())
         _tidy(store, run, keep_checkpoints, keep_releases)
     return summary.to_dict()

@@ -1,4 +1,7 @@
-"""What a retrain tells people: a short summary."""
+"""What a retrain tells: a short summary for people, and the same as JSON for tools.
+
+It is the result of the flow, and stays as `<store>/<run>/retrains/<step>.json`; `json_schema` describes it.
+"""
 
 from __future__ import annotations
 
@@ -8,40 +11,90 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from ckpt_core import PyTorchCheckpoint, open_checkpoint
-from ckpt_core.store import local_path
+from prefect.runtime import flow_run
+from pydantic import ConfigDict, TypeAdapter
+from typing_extensions import TypedDict
+
+from ckpt_core import PyTorchCheckpoint, durable, open_checkpoint
+from ckpt_core.store import local_path, step_name
+from flows.trained import DESCRIBED, TrainedCheckpoint, trained_checkpoint
 from flows.verdict import Verdict
 from tasks.publication import Destination
 
 LOCAL_PORT = 8765
+DIRECTORY = "retrains"
+FORMAT_VERSION = 1
+
+
+class ExportedFile(TypedDict):
+    """A file of the export."""
+
+    bytes: int
+    sha256: str | None
 
 
 @dataclass(frozen=True)
 class Summary:
     """What came of one retrain. Losses are held-out, in nats a token."""
 
+    __pydantic_config__: ClassVar[ConfigDict] = DESCRIBED
+
+    run: str
+    """The lineage that it continued."""
+
+    flow_run: str | None
+    """The id of the flow run that ended it."""
+
+    checkpoints: list[TrainedCheckpoint]
+    """One for each training step, in order; the last is what was exported."""
+
     checkpoint: str
+    """The URL of the last one."""
+
     step: int
+    """Its step."""
+
     initial_loss: float | None
     """Of the weights that training started from; a trainer of the user's own may not have measured it."""
 
     loss: float
+    """Of the export."""
+
     untrained_loss: float
+    """Of the model before any training."""
+
     unigram_loss: float
+    """Of guessing each token by its frequency in the training text."""
+
     champion: dict[str, Any] | None
     """What was served before: its `tag`, `commit` and `loss`."""
 
     checks: list[dict[str, Any]]
+    """Of the checkpoint and of the export: `name`, `passed` and `detail`."""
+
     export: str
+    """The directory of the export."""
+
+    files: dict[str, ExportedFile]
+    """The export's files, by name."""
+
     decision: dict[str, Any] | None
+    """Champion or challenger, by which figures and why: the fields of `ckpt_core.policy.Decision`, and `approval` where
+    a person was asked."""
+
     release: dict[str, Any] | None
+    """The fields of `ckpt_core.hub.Release`, if it was released; its `url` is the link."""
+
     candidate: dict[str, Any] | None
     """What was uploaded and is not served."""
 
     hub_directory: str | None
     """Where a local Hub keeps its repositories; None for a remote one."""
+
+    format_version: int = FORMAT_VERSION
+    """Of what is described here."""
 
     @classmethod
     def of(
@@ -55,18 +108,22 @@ class Summary:
         at: Destination,
     ) -> Summary:
         """Gather it from what the tasks returned; `checkpoints` are those of the training steps, in order."""
-        first, checkpoint = checkpoints[0], checkpoints[-1]
-        metrics = open_checkpoint(str(first.url)).manifest.metrics
+        trained = [trained_checkpoint(str(checkpoint.url)) for checkpoint in checkpoints]
+        first = open_checkpoint(trained[0]["url"]).manifest
         return cls(
-            checkpoint=str(checkpoint.url),
-            step=checkpoint.step or 0,
-            initial_loss=metrics.get("initial_heldout_loss"),
+            run=first.run,
+            flow_run=flow_run.id,
+            checkpoints=trained,
+            checkpoint=trained[-1]["url"],
+            step=trained[-1]["step"],
+            initial_loss=first.metrics.get("initial_heldout_loss"),
             loss=(compared["challenger"] or {}).get("heldout_loss") or losses["validated"],
             untrained_loss=compared["untrained"]["heldout_loss"],
             unigram_loss=losses["unigram"],
             champion=_champion(compared),
             checks=[dict(check) for check in checks],
             export=export["path"],
+            files=export["files"],
             decision=verdict.decision,
             release=verdict.release,
             candidate=verdict.candidate,
@@ -76,6 +133,13 @@ class Summary:
     def to_dict(self) -> dict[str, Any]:
         """Return it in JSON types; `Summary(**...)` is the inverse."""
         return asdict(self)
+
+    def keep(self, store: str) -> Path:
+        """Write it to `<store>/<run>/retrains/<step>.json`, and return that; a rerun of the retrain writes it anew."""
+        path = local_path(store) / self.run / DIRECTORY / f"{step_name(self.step)}.json"
+        durable.make_directory(path.parent)
+        durable.replace(path, (json.dumps(self.to_dict(), indent=1) + "\n").encode())
+        return path
 
     def outcome(self) -> dict[str, Any]:
         """Return what the run's record keeps."""
@@ -142,6 +206,11 @@ class Summary:
             "  from transformers import AutoModelForCausalLM",
             f'  model = AutoModelForCausalLM.from_pretrained("{repo}", revision="{tag}")',
         ]
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON schema of what `Summary.keep` writes."""
+    return TypeAdapter(Summary).json_schema()
 
 
 def _champion(compared: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from prefect import task
-from prefect.events import emit_event
 from prefect.logging import get_run_logger
 
 from ckpt_core import PyTorchCheckpoint, open_checkpoint, open_store
 from ckpt_core.errors import NotACheckpointError, StepExistsError
 from ckpt_core.store import Checkpoint, local_path, step_name
+from tasks import events, live_view
 from tasks.caching import ByContent
 from tasks.config import DataSettings, Job, ModelSettings
 from tasks.elastic import run_ranks
@@ -69,7 +69,8 @@ def train(job: Job) -> PyTorchCheckpoint:
     if newest is not None and newest.step > job.start_step:
         _check_own(newest, job)
     if newest is None or newest.step < job.end_step:
-        with gpu_slots(job.compute):
+        resume_step = newest.step if newest else job.start_step
+        with gpu_slots(job.compute), live_view.shown(job, resume_step):
             run_ranks(job, log_line())
     else:
         get_run_logger().info("step %d is committed already", job.end_step)
@@ -79,7 +80,7 @@ def train(job: Job) -> PyTorchCheckpoint:
             f"{path}: not there, although {job.compute.trainer} ended well; expected a checkpoint at step "
             f"{job.end_step}, the end_step of its job file. Correct the trainer, then run again."
         )
-    return _emit(path)
+    return _told(path)
 
 
 def _check_own(newest: Checkpoint, job: Job) -> None:
@@ -93,8 +94,7 @@ def _check_own(newest: Checkpoint, job: Job) -> None:
         )
 
 
-def _emit(path: Path) -> PyTorchCheckpoint:
+def _told(path: Path) -> PyTorchCheckpoint:
     checkpoint = PyTorchCheckpoint.from_url(path)
-    url = str(checkpoint.url)
-    emit_event("ckpt.checkpoint.committed", resource={"prefect.resource.id": url}, payload={"url": url})
+    events.committed(str(checkpoint.url), complete=True)
     return checkpoint

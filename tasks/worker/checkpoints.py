@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from ckpt_core import AsyncSaver
+from ckpt_core.async_save import SaveTimes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,8 +59,8 @@ class Checkpoints:
         """From now on, give up in time before the end of the grace that TERM leaves."""
         self._deadline = time.monotonic() + self._grace_s
 
-    def save(self, checkpoint: PyTorchCheckpoint, *, step: int, lineage: dict[str, Any], **content: Any) -> None:
-        """Commit a step, or begin to, after the one before it is committed.
+    def save(self, checkpoint: PyTorchCheckpoint, *, step: int, lineage: dict[str, Any], **content: Any) -> SaveTimes:
+        """Commit a step, or begin to, after the one before it is committed; return how long training stood still.
 
         Args:
             checkpoint: what to save.
@@ -70,13 +71,16 @@ class Checkpoints:
         Raises:
             CommitError: the step before it could not be committed, or this one, at once.
         """
+        began = time.monotonic()
         self.finish()
+        waited = time.monotonic()
         parent = None if self.newest is None else {"step": self.newest[0], "url": self.newest[1]}
         content |= {"step": step, "lineage": {**lineage, "parent": parent}}
         if self._saver:
             self._saver.save(checkpoint, **content)
         else:
             self._note(checkpoint.save(self._store.url, run=self._run, **content))
+        return SaveTimes(step, waited - began, time.monotonic() - waited)
 
     def finish(self) -> None:
         """Wait until what was begun is committed.

@@ -13,7 +13,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from ckpt_core import PyTorchCheckpoint, ranks
 from ckpt_core.errors import ArgumentError
-from ckpt_core.store import LocalStore, open_checkpoint, open_store, step_name
+from ckpt_core.store import open_checkpoint, open_store, step_name
 from ckpt_core.urls import place_of
 from tasks.worker.batches import batch, rank_share
 from tasks.worker.checkpoints import Checkpoints
@@ -22,7 +22,9 @@ from tasks.worker.history import History
 from tasks.worker.loss import accumulate_gradients
 from tasks.worker.model import build_model, shard
 from tasks.worker.optimizer import make_optimizer, make_schedule
-from tasks.worker.progress import Progress, StepLog
+from tasks.worker.progress import Progress
+from tasks.worker.records import Records
+from tasks.worker.scalars import check_tensorboard
 from tasks.worker.tokenizer import load_tokenizer
 from tasks.worker.tokens import TokenSet
 
@@ -75,8 +77,9 @@ class Trainer:
         )
         if origin is not None:
             self._restore(*origin)
-        self.log, self.progress = self._open_records()
-        self.checkpoints = Checkpoints(job, open_store(job.store), origin, self._announce)
+        tokens_per_step = job.step.batch_size * self.tokens.shape[1]
+        self.records = Records.open(job, place, step=self.step, tokens_per_step=tokens_per_step)
+        self.checkpoints = Checkpoints(job, open_store(job.store), origin, self.records.committed)
 
     def run(self, stop_requested: Callable[[], bool]) -> bool:
         """Collective. Train to the end or until a stop; return whether the end was reached."""
@@ -91,13 +94,11 @@ class Trainer:
                     self.checkpoints.hurry()
                 if self._is_due(self.job.step.evaluate_every):
                     entry["heldout_loss"] = self._evaluate()
-                if self.log:
-                    self.log.add(entry)
+                self.records.keep(entry)
                 if stop or self._is_due(self.job.step.checkpoint_every):
                     self._save()
             self.checkpoints.finish()
-        if self.log:
-            self.log.close()
+        self.records.close()
         return self.step == self.job.end_step
 
     def _advance(self, stop_requested: Callable[[], bool]) -> tuple[dict[str, Any], bool]:
@@ -128,8 +129,7 @@ class Trainer:
         self.optimizer.zero_grad()
         self.step += 1
         self.history.add_step(self.step, loss)
-        if self.progress:
-            self.progress.step(self.step, loss, learning_rate)
+        self.records.advanced(self.step, loss, learning_rate)
         entry = {"step": self.step, "loss": loss, "learning_rate": learning_rate, "grad_norm": norm}
         return {**entry, "tokens": sequences.size, "seconds": round(time.monotonic() - started, 4)}, stops > 0
 
@@ -144,16 +144,14 @@ class Trainer:
             world_size=self.place.world_size,
         )
         self.history.add_evaluation(self.step, loss)
-        if self.progress:
-            self.progress.note(self.step, f"held-out loss {loss:.3f}")
+        self.records.evaluated(self.step, loss)
         return loss
 
     def _save(self) -> None:
         """Collective. Save this step; with `async_save`, what is written is a copy and training goes on."""
-        if self.log:
-            self.log.sync()
+        self.records.sync()
         job = self.job
-        self.checkpoints.save(
+        times = self.checkpoints.save(
             PyTorchCheckpoint(self.model, _hyperparameters(job), self.optimizer),
             step=self.step,
             scheduler=self.scheduler,
@@ -162,10 +160,7 @@ class Trainer:
             metrics={**self.history.metrics(), "tokens": self._tokens_seen()},
             lineage={**job.lineage, "hardware": self.place.hardware()},
         )
-
-    def _announce(self, step: int, url: str) -> None:
-        if self.progress:
-            self.progress.note(step, f"checkpoint {url}")
+        self.records.keep_save(times)
 
     def _build(self, *, load_weights: bool) -> nn.Module:
         job = self.job
@@ -185,16 +180,6 @@ class Trainer:
         state = checkpoint.restore(self.model, self.optimizer, scheduler=self.scheduler, rng=True)
         self.step = state["step"]
         self.history = History.from_json(state["history"])
-
-    def _open_records(self) -> tuple[StepLog | None, Progress | None]:
-        """Return the file of steps, where the store is a directory, and the lines for people; on rank 0 only."""
-        if self.place.rank != 0:
-            return None, None
-        progress = Progress(self.step, self.job.end_step, self.job.step.batch_size * self.tokens.shape[1])
-        store = open_store(self.job.store)
-        if not isinstance(store, LocalStore):
-            return None, progress
-        return StepLog(store.root / self.job.run / "metrics.jsonl", resume_step=self.step), progress
 
     def _is_due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.job.end_step
@@ -231,6 +216,8 @@ def _origin(job: Job) -> tuple[int, str] | None:
 
 
 def _check(job: Job, place: Place) -> None:
+    if job.compute.tensorboard:
+        check_tensorboard()
     if job.step.batch_size % place.world_size:
         raise ArgumentError(
             f"batch_size {job.step.batch_size} cannot be shared by {place.world_size} ranks; make it a multiple"

@@ -1,16 +1,13 @@
-"""What a person sees of training while it runs, and the record of each step that stays."""
+"""The lines that a person reads while training runs."""
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 _SECONDS_BETWEEN_LINES = 2.0
 
@@ -48,46 +45,6 @@ class Progress:
     def note(self, step: int, text: str) -> None:
         """Show something that happened at a step."""
         self._write(f"step {step}/{self._last_step}  {text}")
-
-
-class StepLog:
-    """A file of one JSON object a line for each optimizer step, in order and without gaps.
-
-    Only one rank writes it. What lies beyond the step that training resumes from is dropped when it is opened, so that
-    an interrupted run leaves the same lines as one that was not, apart from times.
-    """
-
-    def __init__(self, path: Path, *, resume_step: int) -> None:
-        self._path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = b"".join(_lines_up_to(path, resume_step))
-        temporary = path.with_name(f".{path.name}.new")
-        temporary.write_bytes(kept)
-        temporary.replace(path)
-        self._file = path.open("a", encoding="utf-8")
-
-    def add(self, entry: dict[str, Any]) -> None:
-        """Append a step; a process that is killed later does not take it along."""
-        self._file.write(json.dumps(entry) + "\n")
-        self._file.flush()
-
-    def sync(self) -> None:
-        """Make it durable: a checkpoint must not outlive the lines of its steps."""
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-
-def _lines_up_to(path: Path, step: int) -> list[bytes]:
-    """Return the whole lines of steps up to `step`."""
-    if not path.exists():
-        return []
-    lines = path.read_bytes().splitlines(keepends=True)
-    if lines and not lines[-1].endswith(b"\n"):  # cut by a kill or a power cut
-        lines.pop()
-    return [line for line in lines if json.loads(line)["step"] <= step]
 
 
 def _write_line(text: str) -> None:

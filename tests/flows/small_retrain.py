@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +99,21 @@ def log_of(flow_run_id: Any) -> list[str]:
     with get_client(sync_client=True) as client:
         logs = client.read_logs(LogFilter(flow_run_id=LogFilterFlowRunId(any_=[flow_run_id])))
     return [log.message for log in logs]
+
+
+def events_of(flow_run_id: str, *, awaited: int) -> list[dict[str, Any]]:
+    """Return this project's events of a flow run, oldest first, once the server has as many as are awaited."""
+    question = {
+        "filter": {
+            "event": {"prefix": ["ckpt."]},
+            "any_resource": {"id": [f"prefect.flow-run.{flow_run_id}"]},
+            "order": "ASC",
+        }
+    }
+    with get_client(sync_client=True) as client:
+        for _ in range(60):
+            found = client.request("POST", "/events/filter", json=question).json()["events"]
+            if len(found) >= awaited:
+                return found
+            time.sleep(0.5)
+    raise AssertionError(f"{len(found)} events, expected {awaited}: {[event['event'] for event in found]}")

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from prefect.settings import get_current_settings
 from small_convert import task_names
@@ -21,6 +22,7 @@ from small_retrain import (
     PROGRAMS,
     REPOSITORY,
     artifacts_of,
+    events_of,
     file_digests,
     log_of,
     tiny_data,
@@ -34,7 +36,7 @@ from ckpt_core import open_checkpoint, open_store
 from ckpt_core.hub import served
 from ckpt_core.testing.hub_server import hub_server
 from flows.retrain import retrain
-from flows.summary import Summary
+from flows.summary import Summary, json_schema
 from tasks import record
 from tasks.config import ComputeSettings, HubSettings
 
@@ -111,7 +113,7 @@ def first(story: Story, refused: Chapter) -> Chapter:
 def second(story: Story, first: Chapter) -> dict[str, Any]:
     """The next retrain, in a fresh process and one rank: two training steps, the second on other text."""
     steps = [
-        tiny_step(name="pretrain", steps=12),
+        tiny_step(name="pretrain", steps=12, checkpoint_every=4),
         tiny_step(name="finetune", steps=2, learning_rate=1e-5, data=tiny_data(story.root / "other text")),
     ]
     parameters = story.parameters(steps=steps, compute=ComputeSettings(ranks=1, device="cpu"))
@@ -183,9 +185,10 @@ def test_a_rerun_keeps_what_was_committed_and_publishes_it(story: Story, refused
 
 
 def test_a_retrain_shows_its_artifacts(first: Chapter):
-    """Prefect has a checkpoint card with its loss curve, two tables of checks, the export's files and the release."""
+    """Prefect has a card with its loss curve, two tables of checks, the export's files, the release and the lineage."""
     made = {artifact.key: artifact for artifact in artifacts_of(first.flow_run_id)}
-    assert set(made) == {"checkpoint-tiny", "validation-tiny", "export-tiny", "export-check-tiny", "release-tiny"}
+    kinds = ("checkpoint", "validation", "export", "export-check", "release", "lineage")
+    assert set(made) == {f"{kind}-tiny" for kind in kinds}
     picture = re.search(r"!\[loss curve\]\(data:image/svg\+xml;base64,([^)]+)\)", made["checkpoint-tiny"].data)
     assert picture is not None
     assert b"<svg" in base64.b64decode(picture[1])
@@ -196,6 +199,7 @@ def test_a_retrain_shows_its_artifacts(first: Chapter):
     assert {row["verdict"] for row in json.loads(made["export-check-tiny"].data)} == {"pass"}
     assert "model.safetensors" in made["export-tiny"].data
     assert "## Published v1" in made["release-tiny"].data
+    assert '\n  release{{"release v1<br/>local/tiny<br/>commit ' in made["lineage-tiny"].data
 
 
 def test_the_summary_is_whole(story: Story, first: Chapter):
@@ -233,18 +237,59 @@ def test_training_steps_chain(story: Story, second: dict[str, Any]):
     """The second step starts from the first one's weights, on its own text; each has a checkpoint of its own."""
     pretrained, finetuned = (open_checkpoint(story.run / f"step_{step:010d}").manifest for step in (16, 18))
     assert (pretrained.lineage["training_step"], finetuned.lineage["training_step"]) == ("pretrain", "finetune")
-    assert pretrained.lineage["parent"]["step"] == 4
+    assert pretrained.lineage["parent"]["step"] == 12
+    assert [made["parent"]["step"] for made in second["result"]["checkpoints"]] == [4, 16]
     assert finetuned.lineage["parent"]["step"] == 16
     assert finetuned.metrics["initial_heldout_loss"] == pytest.approx(pretrained.metrics["heldout_loss"], rel=1e-5)
     assert pretrained.lineage["data"] != finetuned.lineage["data"]
     assert pretrained.world_size == finetuned.world_size == 1
 
 
-def test_each_training_step_has_a_card(story: Story, second: dict[str, Any]):
-    """A checkpoint artifact is made for each training step of a retrain."""
-    flow_run_id = open_checkpoint(story.run / "step_0000000018").manifest.lineage["flow_run"]
-    cards = [a.description for a in artifacts_of(flow_run_id) if a.key == "checkpoint-tiny"]
-    assert cards == ["step 16", "step 18"]
+def test_each_checkpoint_has_a_card(story: Story, second: dict[str, Any]):
+    """A card is made for each checkpoint of a retrain, those in the middle of a training step too."""
+    made = artifacts_of(second["result"]["flow_run"])
+    cards = [a.description.partition(",")[0] for a in made if a.key == "checkpoint-tiny"]
+    assert cards == ["step 8", "step 12", "step 16", "step 18"]
+    record = story.run / "metrics.jsonl"
+    saved = [entry["step"] for entry in map(json.loads, record.read_text().splitlines()) if "blocked_s" in entry]
+    assert saved == [4, 8, 12, 16, 18]
+
+
+def test_training_is_shown_by_one_progress_and_one_curve_a_step(second: dict[str, Any]):
+    """Both end with the last step, and the curve is there."""
+    made = [a for a in artifacts_of(second["result"]["flow_run"]) if a.key.startswith(("progress", "training"))]
+    assert [a.key for a in made] == [
+        f"{kind}-tiny-{step}" for step in ("pretrain", "finetune") for kind in ("progress", "training")
+    ]
+    assert [a.data for a in made if a.type == "progress"] == [100, 100]
+    assert all(a.description.endswith(", complete") for a in made)
+    assert all("![loss curve]" in a.data for a in made if a.type == "markdown")
+
+
+def test_commits_and_the_release_are_events_with_a_url(story: Story, second: dict[str, Any]):
+    """Each committed step is an event, and the last of a training step says so; so are progress and the release."""
+    told = events_of(second["result"]["flow_run"], awaited=7)
+    committed = [event["payload"] for event in told if event["event"] == "ckpt.checkpoint.committed"]
+    assert [(payload["step"], payload["complete"]) for payload in committed] == [
+        (8, False), (12, False), (16, True), (18, True),
+    ]  # fmt: skip
+    assert committed[-1]["url"] == second["result"]["checkpoint"]
+    [released] = [event["payload"] for event in told if event["event"] == "ckpt.release.published"]
+    assert released["url"] == second["result"]["release"]["url"]
+    progress = [event["payload"] for event in told if event["event"] == "ckpt.training.progress"]
+    assert [(payload["url"], payload["percent"]) for payload in progress] == [(story.run.as_uri(), 100)] * 2
+
+
+def test_the_facts_of_a_retrain_stay_as_json(story: Story, second: dict[str, Any]):
+    """Tools find what the flow returned in a file named by its step, as the schema says it."""
+    facts = json.loads((story.run / "retrains" / "step_0000000018.json").read_text())
+    assert facts == second["result"]
+    schema = json_schema()
+    jsonschema.validate(facts, schema)
+    undescribed = {name for name, field in schema["properties"].items() if "description" not in field}
+    assert undescribed == set()
+    with pytest.raises(jsonschema.ValidationError, match="is not of type 'integer'"):
+        jsonschema.validate({**facts, "step": "18"}, schema)
 
 
 @pytest.mark.long

@@ -18,7 +18,8 @@ from tasks.worker.history import History
 from tasks.worker.loss import accumulate_gradients, summed_loss
 from tasks.worker.model import build_model, transformer_blocks
 from tasks.worker.optimizer import make_optimizer, make_schedule, peak_fraction
-from tasks.worker.progress import Progress, StepLog
+from tasks.worker.progress import Progress
+from tasks.worker.step_log import StepLog
 from tasks.worker.tokenizer import load_tokenizer
 from tasks.worker.tokens import TokenSet
 

@@ -282,10 +282,14 @@ def test_bad_jobs(server, prepared, tmp_path):
         assert committed_steps(job) == []
 
 
-def test_step_log_has_one_line_a_step(uninterrupted):
-    """Each optimizer step leaves its loss, rate, gradient norm, tokens and seconds."""
+def test_step_log_has_one_line_a_step_and_one_a_save(uninterrupted):
+    """Each optimizer step leaves its loss, rate, gradient norm, tokens and seconds, each save how long it blocked."""
     job, _ = uninterrupted(2)
-    lines = [json.loads(line) for line in (Path(job.store) / job.run / "metrics.jsonl").read_text().splitlines()]
+    entries = [json.loads(line) for line in (Path(job.store) / job.run / "metrics.jsonl").read_text().splitlines()]
+    lines = [entry for entry in entries if "loss" in entry]
     assert [line["step"] for line in lines] == list(range(1, 13))
     assert all(np.isfinite([line["loss"], line["grad_norm"], line["seconds"]]).all() for line in lines)
     assert [line["step"] for line in lines if "heldout_loss" in line] == [4, 8, 12]
+    saves = [entry for entry in entries if "loss" not in entry]
+    assert [save["step"] for save in saves] == committed_steps(job)
+    assert all(set(save) == {"step", "waited_s", "blocked_s"} and save["blocked_s"] > 0 for save in saves)

@@ -118,6 +118,7 @@ def final_state(job: Job) -> dict[str, bytes]:
 
 
 def step_records(job: Job) -> list[dict[str, Any]]:
-    """Return the lines of the job's metrics.jsonl without their times."""
+    """Return the lines of steps in the job's metrics.jsonl without their times."""
     lines = (Path(job.store) / job.run / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+    steps = [entry for entry in map(json.loads, lines) if "loss" in entry]
+    return [{k: v for k, v in entry.items() if k != "seconds"} for entry in steps]
