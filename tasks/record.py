@@ -2,7 +2,7 @@
 
     <store>/<run>/retrain.json   the newest retrain of a run: its plan's digest, where it starts, and, when decided,
                                  outcome
-    <store>/<run>/retrain.lock   held while one runs
+    <store>/<run>/retrain.lock   held while one runs, by its flow and by each process of its training
 
 The checkpoints themselves never change; what became of them is told here.
 """
@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -22,8 +23,10 @@ from typing import Any
 from ckpt_core import durable, open_checkpoint, open_store
 from ckpt_core.errors import ArgumentError, DamagedError
 from ckpt_core.store import CHAMPION, local_path, step_name
+from tasks.held import held_open
 
 RECORD_NAME = "retrain.json"
+_LOOK_AGAIN_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -44,29 +47,41 @@ class Record:
 
 
 @contextmanager
-def only_retrain(store: str, run: str) -> Generator[None]:
-    """Hold a run's lock while a retrain works on it.
+def only_retrain(store: str, run: str, *, wait_s: float = 0.0) -> Generator[None]:
+    """Hold a run's lock while a retrain works on it, and until the last process of its training has ended.
+
+    Args:
+        store: the store's URL.
+        run: the run's name.
+        wait_s: for how long to wait for another one, in seconds: ranks of one that was killed may still be committing
+            the checkpoint that this one goes on from.
 
     Raises:
-        ArgumentError: another one does.
+        ArgumentError: another one works on it still.
     """
     directory = run_directory(store, run)
     directory.mkdir(parents=True, exist_ok=True)
     handle = os.open(directory / "retrain.lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        _take(handle, store, run)
-        yield
+        _take(handle, store, run, wait_s)
+        with held_open(handle):
+            yield
     finally:
         os.close(handle)
 
 
-def _take(handle: int, store: str, run: str) -> None:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ArgumentError(
-            f"run {run!r} of {store}: another retrain is working on it; wait for it to end, or give another run."
-        ) from None
+def _take(handle: int, store: str, run: str, wait_s: float) -> None:
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise ArgumentError(
+                    f"run {run!r} of {store}: another retrain is working on it; wait for it to end, or give another "
+                    "run. What is left of one that was killed ends by itself."
+                ) from None
+        time.sleep(_LOOK_AGAIN_S)
 
 
 def begin(store: str, run: str, plan: Mapping[str, Any]) -> Record:

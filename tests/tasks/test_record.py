@@ -130,6 +130,20 @@ def test_a_second_process_is_kept_out(tmp_path: Path):
     assert attempt("default") == "mine\n"
 
 
+def test_what_a_retrain_leaves_running_holds_its_run(tmp_path: Path):
+    """A process tree that a retrain started keeps its lock when the retrain itself is gone; a next one waits for it."""
+    script = (
+        "import os, sys\nfrom tasks import process, record\n"
+        "with record.only_retrain(sys.argv[1], 'default'):\n"
+        "    process.run(['sh', '-c', 'trap \"\" TERM; echo; sleep 1'], on_line=lambda _: os._exit(0))\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, timeout=60)
+    with pytest.raises(ArgumentError, match="what is left"), record.only_retrain(str(tmp_path), "default"):
+        pass
+    with record.only_retrain(str(tmp_path), "default", wait_s=30):
+        pass
+
+
 def test_a_failed_retrain_lets_go(tmp_path: Path):
     """An error inside frees the run for the next attempt."""
     with pytest.raises(ArgumentError, match="inside"), record.only_retrain(str(tmp_path), "default"):
