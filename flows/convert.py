@@ -12,7 +12,7 @@ from prefect.runtime import flow_run
 from ckpt_core import open_checkpoint
 from ckpt_core.store import Checkpoint
 from ckpt_core.urls import place_of
-from tasks import artifacts
+from tasks import artifacts, sentinel
 from tasks.config import ExportSettings, ValidationSettings
 from tasks.conversion import convert_checkpoint
 from tasks.results import ReferenceSerializer
@@ -43,12 +43,13 @@ def convert(
         allow_nonfinite: accept NaN and Inf in the weights.
     """
     found = open_checkpoint(checkpoint)
-    validated = validate(found.url, found.run, None, ValidationSettings(allow_nonfinite=allow_nonfinite))
-    artifacts.report_table(VALIDATION, found.run, validated["checks"])
-    target = output or default_target(found, export)
-    exported = convert_checkpoint(found.url, found.run, target, export, allow_nonfinite=allow_nonfinite)
-    checks = check_export(found.url, found.run, exported["path"])
-    artifacts.report_table(EXPORT_CHECK, found.run, checks)
+    with sentinel.posted():
+        validated = validate(found.url, found.run, None, ValidationSettings(allow_nonfinite=allow_nonfinite))
+        artifacts.report_table(VALIDATION, found.run, validated["checks"])
+        target = output or default_target(found, export)
+        exported = convert_checkpoint(found.url, found.run, target, export, allow_nonfinite=allow_nonfinite)
+        checks = check_export(found.url, found.run, exported["path"])
+        artifacts.report_table(EXPORT_CHECK, found.run, checks)
     return {"checkpoint": found.url, "export": exported["path"], "checks": checks}
 
 

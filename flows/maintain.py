@@ -13,6 +13,7 @@ from pydantic import Field
 from ckpt_core import open_store
 from ckpt_core.errors import ArgumentError, DamagedError
 from ckpt_core.retention import Retention
+from tasks import sentinel
 from tasks.maintenance import Tidied, tidy, verify_runs
 from tasks.maintenance_report import Maintained
 from tasks.results import ReferenceSerializer
@@ -54,12 +55,14 @@ def maintain(
     """
     retention = _retention(keep_last, keep_best=keep_best, metric=metric, mode=mode, keep_every=keep_every)
     opened = open_store(store)
-    checkpoints = verify_runs(opened.url, newest, sample_percent / 100, _today())
-    damaged = {found["run"] for found in checkpoints if found["problems"]}
-    tidied = [
-        Tidied(run=run, left="damaged") if run in damaged else tidy(opened.url, run, retention, abandoned_hours * 3600)
-        for run in opened.runs()
-    ]
+    with sentinel.posted():
+        checkpoints = verify_runs(opened.url, newest, sample_percent / 100, _today())
+        damaged = {found["run"] for found in checkpoints if found["problems"]}
+        idle_s = abandoned_hours * 3600
+        tidied = [
+            Tidied(run=run, left="damaged") if run in damaged else tidy(opened.url, run, retention, idle_s)
+            for run in opened.runs()
+        ]
     maintained = Maintained(opened.url, checkpoints, tidied)
     maintained.show()
     emit_event("ckpt.store.maintained", resource={"prefect.resource.id": opened.url}, payload=maintained.facts())

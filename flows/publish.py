@@ -15,7 +15,7 @@ from ckpt_core import open_checkpoint
 from ckpt_core.errors import ArgumentError
 from ckpt_core.store import local_path
 from flows.verdict import Origin, publish_or_keep
-from tasks import artifacts
+from tasks import artifacts, sentinel
 from tasks.config import HubSettings
 from tasks.publication import check_hub, compare, destination
 from tasks.results import ReferenceSerializer
@@ -49,7 +49,7 @@ def publish(
     check_hub(hub)
     export = str(local_path(export))
     origin = None if checkpoint is None else _origin(checkpoint, export)
-    with destination(origin.store if origin else store, hub) as at:
+    with sentinel.posted(), destination(origin.store if origin else store, hub) as at:
         compared = compare(at, hub, export, data) if data else None
         verdict = publish_or_keep(at, hub, export, origin, compared, Path(data).name if data else None)
     artifacts.release_card(origin.run if origin else Path(export).name, at, asdict(verdict), compared)

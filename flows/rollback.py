@@ -11,7 +11,7 @@ from prefect.logging import get_run_logger
 from ckpt_core import open_store
 from ckpt_core.errors import ArgumentError, NotACheckpointError
 from ckpt_core.store import CHAMPION
-from tasks import artifacts, releases
+from tasks import artifacts, releases, sentinel
 from tasks.config import HubSettings, Name
 from tasks.publication import check_hub, destination, roll_back
 from tasks.results import ReferenceSerializer
@@ -39,7 +39,7 @@ def rollback(
     hub = HubSettings(repo_id=repo, endpoint=endpoint, token_block=token_block)
     check_hub(hub)
     _check_run(store, run)
-    with destination(store, hub) as at, releases.moving(store, run):
+    with sentinel.posted(), destination(store, hub) as at, releases.moving(store, run):
         release = roll_back(at, to)
         step = _follow(store, run, releases.find(store, run, at.address, to), release["tag"])
     artifacts.rollback_card(run, at, release, step)
