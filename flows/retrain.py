@@ -20,7 +20,7 @@ from ckpt_core.store import local_path, step_name
 from flows.convert import default_target
 from flows.summary import Summary
 from flows.verdict import Origin, publish_or_keep
-from tasks import artifacts, provenance, record, releases
+from tasks import artifacts, provenance, record, releases, sentinel
 from tasks.config import (
     ComputeSettings,
     DataSettings,
@@ -82,7 +82,7 @@ def retrain(
         "steps": [step.model_dump() for step in steps],
         "seed": seed,
     }
-    with record.only_retrain(store, run):
+    with sentinel.posted(), record.only_retrain(store, run, wait_s=1.5 * compute.grace_seconds):
         begun = record.begin(store, run, plan)
         prepared = _prepare(store, run, model, data, begun)
         checkpoints = [_trained(job) for job in _jobs(store, run, model, steps, compute, seed, begun, prepared)]

@@ -340,8 +340,9 @@ def test_an_interrupted_retrain_says_how_to_go_on(monkeypatch: pytest.MonkeyPatc
 
 
 def test_two_retrains_of_one_run_exclude_each_other(story: Story, tmp_path: Path):
-    """While one retrain works on a run, another one fails at once and says why."""
-    parameters = tiny_retrain(tmp_path / "store", story.root / "text")
+    """While one works on a run, another one waits for as long as a dying one may take; then it fails and says why."""
+    compute = ComputeSettings(ranks=2, device="cpu", grace_seconds=0.1)
+    parameters = tiny_retrain(tmp_path / "store", story.root / "text", compute=compute)
     with record.only_retrain(parameters["store"], "tiny"):
         state = retrain(**parameters, return_state=True)
     assert state.is_failed()
