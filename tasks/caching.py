@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +60,7 @@ class ByContent(CachePolicy):
             content = self.content(**inputs)
         except (CkptError, OSError):
             return None
-        key = f"{self.name}-{_digest([content, provenance.libraries()])}"
+        key = f"{self.name}-{_digest([content, _libraries()])}"
         store = task_ctx.result_store
         for number in count():
             numbered = f"{key}-{number}"
@@ -72,6 +73,11 @@ class ByContent(CachePolicy):
             return self.holds(result)
         except (CkptError, OSError):
             return False
+
+
+@cache  # looking them up takes longer than all the rest
+def _libraries() -> dict[str, str]:
+    return provenance.libraries()
 
 
 def checkpoint_identity(url: str) -> dict[str, Any]:

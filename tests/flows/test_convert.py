@@ -60,7 +60,7 @@ def test_a_damaged_checkpoint_is_refused_with_reasons(checkpoint: Path):
     [table] = artifacts_of(state.state_details.flow_run_id)
     verdicts = {row["check"]: row["verdict"] for row in json.loads(table.data)}
     assert verdicts["digests"] == "FAIL"
-    assert table.description == "a check failed"
+    assert table.description == "FAILED: digests, crc32"
     assert not (checkpoint.parent / "exports").exists()
 
 
