@@ -55,11 +55,6 @@ def _hide(token: str, text: str) -> str:
     return text.replace(token, "<token>") if token else text
 
 
-def warm_up() -> None:
-    """Import what jobs need, in a process beside this one."""
-    zygote.warm_up(_quiet())
-
-
 def _quiet() -> dict[str, str]:
     """Return what silences libraries; tqdm's bars, which a log cannot redraw, unless the user has set it otherwise."""
     return {**_QUIET, "TQDM_DISABLE": os.environ.get("TQDM_DISABLE", "1")}

@@ -69,12 +69,6 @@ def fork_module(
     return ExecutedReaper(command, around)
 
 
-def warm_up(env: Mapping[str, str], modules: Sequence[str] = PRELOADED) -> None:
-    """Start this process's zygote, which imports while other things are done."""
-    with suppress(OSError):
-        _current(env, modules)
-
-
 def end() -> None:
     """End this process's zygote, if it has one; the next job starts another."""
     with _lock:
