@@ -193,7 +193,7 @@ def roll_back(at: Destination, to: str) -> dict[str, Any]:
 def _run(name: str, at: Destination, request: Mapping[str, Any]) -> dict[str, Any]:
     """Run a job at a destination, in a child process that alone is given the token."""
     token = None if at.token_block is None else _read_block(at.token_block)
-    environment = child_environment(at.endpoint) if at.endpoint else {}
+    environment = child_environment(at.endpoint) if at.endpoint else None
     return run_job(name, {**request, "where": at.where, "endpoint": at.endpoint}, env=environment, token=token)
 
 
