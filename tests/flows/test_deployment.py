@@ -1,91 +1,142 @@
-"""The deployments, as a team uses them: a real server, a process worker started elsewhere, and a run by hand."""
+"""The deployments, as a team uses them: the stack that one command sets up, and runs by hand and by event."""
 
 from __future__ import annotations
 
+import base64
 import json
 import os
-import shlex
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
+from uuid import uuid4
 
 import pytest
-from small_retrain import REPOSITORY
+from small_retrain import PROGRAMS, REPOSITORY
 
 from ckpt_core.verify import verify
 
 pytestmark = pytest.mark.timeout(600)
 MARK = "CKPTFLOW_DEPLOYMENT_TEST"
-PREFECT = [sys.executable, "-m", "prefect"]
+CRASHED_AFTER_S = 60
+ON_COMMIT = "ckptflow: convert on commit"
+SETTING_UP = ["up", "--gpus", "2", "--crashed-after", str(CRASHED_AFTER_S)]
 
 
 @dataclass(frozen=True)
-class Server:
-    """A Prefect server with all deployments, and the environment in which its programs run."""
+class Stack:
+    """A stack in a home of its own, and the environment in which its commands run."""
 
-    url: str
+    root: Path
+    port: int
     env: dict[str, str]
 
-    def post(self, path: str, body: dict[str, Any]) -> Any:
-        """Ask the API."""
-        request = Request(self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
-        with urlopen(request, timeout=30) as answer:
-            return json.load(answer)
+    @property
+    def home(self) -> Path:
+        """Where the stack keeps what is its own."""
+        return self.root / "home" / "ckptflow"
 
-    def prefect(self, *arguments: str) -> str:
-        """Run the prefect command in the repository's root, where the README says to; return what it printed."""
-        command = [*PREFECT, *arguments]
+    @property
+    def login(self) -> str:
+        """What the server asks for."""
+        return (self.home / "login").read_text().strip()
+
+    def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        """Ask the API."""
+        headers = {
+            "Content-Type": "application/json",
+            "Authorization": "Basic " + base64.b64encode(self.login.encode()).decode(),
+        }
+        data = None if body is None else json.dumps(body).encode()
+        request = Request(f"http://127.0.0.1:{self.port}/api{path}", data, headers, method=method)
+        with urlopen(request, timeout=30) as answer:
+            return json.loads(answer.read() or b"null")
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        """Ask the API for something that a body describes."""
+        return self.ask("POST", path, body)
+
+    def command(self, *arguments: str, status: int = 0) -> str:
+        """Run a module in the repository's root; return what it printed."""
         done = subprocess.run(
-            command, cwd=REPOSITORY, env=self.env, capture_output=True, text=True, timeout=300, check=False
+            [sys.executable, "-m", *arguments],
+            cwd=REPOSITORY,
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=400,
+            check=False,
         )
-        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.returncode == status, done.stdout + done.stderr
         return done.stdout
 
-    def deployment(self, flow: str) -> dict[str, Any]:
-        """Return what the API tells of a flow's only deployment."""
-        [found] = self.post("/deployments/filter", {"flows": {"name": {"any_": [flow]}}})
-        return found
+    def stack(self, *arguments: str, status: int = 0) -> str:
+        """Run a command of the stack."""
+        return self.command("deployments.stack", *arguments, status=status)
 
+    def deployments(self, flow: str) -> dict[str, dict[str, Any]]:
+        """Return what the API tells of a flow's deployments, by name."""
+        found = self.post("/deployments/filter", {"flows": {"name": {"any_": [flow]}}})
+        return {each["name"]: each for each in found}
 
-def readme_commands() -> list[list[str]]:
-    """Return the arguments of the README's prefect commands, but for the one that starts a server on a fixed port."""
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    block = readme.partition("```sh\nprefect server start --background\n")[2].partition("```")[0]
-    commands = [shlex.split(line)[1:] for line in block.splitlines()]
-    assert len(commands) == 4
-    return commands
+    def flow_run(self, flow: str, **filters: Any) -> dict[str, Any] | None:
+        """Return the newest flow run of a flow, if it has one."""
+        body = {"flows": {"name": {"any_": [flow]}}, "flow_runs": filters, "sort": "START_TIME_DESC", "limit": 1}
+        return next(iter(self.post("/flow_runs/filter", body)), None)
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server on a free port with a home of its own, both work pools, and the project's deployments."""
-    root = tmp_path_factory.mktemp("server")
-    port = free_port()
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """The stack on a free port, stopped at the end; nothing that it started is left then."""
+    root = tmp_path_factory.mktemp("stack")
     env = {
         **os.environ,
         MARK: str(root),
         "PREFECT_HOME": str(root / "home"),
-        "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
         "PREFECT_WORKER_QUERY_SECONDS": "1",
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "NO_COLOR": "1",
         "COLUMNS": "200",
     }
-    with running([*PREFECT, "server", "start", "--host", "127.0.0.1", "--port", str(port)], env, root):
-        made = Server(f"http://127.0.0.1:{port}/api", env)
-        wait_until(lambda: healthy(made.url), seconds=240)
-        for arguments in readme_commands():
-            made.prefect(*arguments)
+    made = Stack(root, free_port(), env)
+    try:
+        made.stack(*SETTING_UP, "--port", str(made.port))
         yield made
-    assert marked(str(root)) == []
+    finally:
+        made.stack("down")
+        left = marked(str(root))
+    assert left == []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def lost(stack: Stack) -> str:
+    """A flow run whose process was killed as soon as it ran: nobody is left to tell of it. Returns its id."""
+    env = {**stack.env, "PREFECT_PROFILE": "ckptflow"}
+    command = [sys.executable, str(PROGRAMS / "idle_flow.py")]
+    with (stack.root / "idle.log").open("wb") as log:
+        program = subprocess.Popen(command, cwd=REPOSITORY, env=env, stdout=log, stderr=log, start_new_session=True)
+        try:
+            wait_until(lambda: heard_of(stack), seconds=120)
+        finally:
+            os.killpg(program.pid, signal.SIGKILL)
+            program.wait()
+    flow_run = stack.flow_run("idle")
+    assert flow_run is not None
+    return flow_run["id"]
+
+
+def heard_of(stack: Stack) -> bool:
+    """Whether the server has written down a heartbeat."""
+    found = stack.post("/events/filter", {"filter": {"event": {"name": ["prefect.flow-run.heartbeat"]}}})
+    return found["total"] > 0
 
 
 def free_port() -> int:
@@ -95,14 +146,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def healthy(url: str) -> bool:
-    """Return whether a Prefect server answers."""
-    with suppress(OSError), urlopen(f"{url}/health", timeout=5) as answer:
-        return answer.status == 200
-    return False
-
-
-def wait_until(reached: Callable[[], bool], *, seconds: float) -> None:
+def wait_until(reached: Callable[[], Any], *, seconds: float) -> None:
     """Wait for what another process does."""
     end = time.monotonic() + seconds
     while not reached():
@@ -110,27 +154,11 @@ def wait_until(reached: Callable[[], bool], *, seconds: float) -> None:
         time.sleep(0.5)
 
 
-@contextmanager
-def running(command: list[str], env: dict[str, str], directory: Path) -> Iterator[None]:
-    """Run a program that serves until it is stopped: by SIGINT, and by SIGKILL if that takes long."""
-    with (directory / f"{command[3]}.log").open("wb") as log:
-        program = subprocess.Popen(command, cwd=directory, env=env, stdout=log, stderr=log)
-        try:
-            yield
-        finally:
-            program.send_signal(signal.SIGINT)
-            try:
-                program.wait(timeout=60)
-            except subprocess.TimeoutExpired:
-                program.kill()
-                program.wait()
-
-
 def marked(mark: str) -> list[int]:
     """Return the processes that this test started and that still run, after giving them a moment to end."""
     entry = f"{MARK}={mark}".encode()
     left: list[int] = []
-    for _ in range(40):
+    for _ in range(20):
         left = []
         for environ in Path("/proc").glob("[0-9]*/environ"):
             with suppress(OSError):
@@ -145,10 +173,61 @@ def marked(mark: str) -> list[int]:
     return left
 
 
-def test_the_nightly_retrain_is_scheduled(server: Server):
+def test_the_server_asks_for_a_login(stack: Stack):
+    """Who does not know it is refused; it is in no log, and only in files that nobody else may read."""
+    with pytest.raises(HTTPError, match="401"):
+        urlopen(f"http://127.0.0.1:{stack.port}/api/work_pools/gpu", timeout=30)
+    secret = stack.login.partition(":")[2]
+    assert len(secret) >= 32
+    holders = {path for path in stack.root.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()}
+    assert holders == {stack.home / "login", stack.root / "home" / "profiles.toml"}
+    assert {path.stat().st_mode & 0o777 for path in holders} == {0o600}
+
+
+def test_setting_up_again_mends_what_is_missing(stack: Stack):
+    """A worker that died is started; pools, queues, limits, deployments, automations and processes stay the same."""
+    before, running = inventory(stack), pids(stack)
+    os.killpg(running["worker-gpu"], signal.SIGKILL)
+    assert "worker-gpu   not running" in stack.stack("status", status=1)
+    said = stack.stack(*SETTING_UP)
+    assert f"Prefect is at http://127.0.0.1:{stack.port}; it asks for the login in {stack.home / 'login'}." in said
+    assert stack.login not in said
+    assert inventory(stack) == before
+    assert {name for name, pid in pids(stack).items() if pid != running[name]} == {"worker-gpu"}
+
+
+def inventory(stack: Stack) -> dict[str, dict[str, str]]:
+    """Return the names of all that is set up, by id; a deployment's own automations are made anew by each deploying."""
+    listed = {
+        "pools": stack.post("/work_pools/filter", {}),
+        "queues": stack.post("/work_queues/filter", {}),
+        "limits": stack.post("/v2/concurrency_limits/filter", {}),
+        "deployments": stack.post("/deployments/filter", {}),
+    }
+    found = {kind: {each["id"]: each["name"] for each in all_} for kind, all_ in listed.items()}
+    automations = stack.post("/automations/filter", {})
+    lasting = [each for each in automations if each["name"] != ON_COMMIT]
+    assert len(automations) == len({each["name"] for each in automations}) == 3
+    return {**found, "automations": {each["id"]: each["name"] for each in lasting}}
+
+
+def test_gpus_are_shared_out(stack: Stack):
+    """The limit `gpu` has the slots that were asked for."""
+    assert stack.ask("GET", "/v2/concurrency_limits/gpu")["limit"] == 2
+
+
+def test_background_work_is_done_singly(stack: Stack):
+    """The pool `cpu` has a queue for it, after the one for what people start."""
+    queues = {queue["name"]: queue for queue in stack.post("/work_pools/cpu/queues/filter", {})}
+    assert {name: (queue["priority"], queue["concurrency_limit"]) for name, queue in queues.items()} == {
+        "default": (1, None),
+        "background": (2, 1),
+    }
+
+
+def test_the_nightly_retrain_is_scheduled(stack: Stack):
     """It runs at two o'clock on the pool `gpu`, one at a time; another one is cancelled."""
-    nightly = server.deployment("retrain")
-    assert nightly["name"] == "nightly"
+    nightly = stack.deployments("retrain")["nightly"]
     assert nightly["work_pool_name"] == "gpu"
     assert nightly["entrypoint"] == "flows/retrain.py:retrain"
     [schedule] = nightly["schedules"]
@@ -156,11 +235,20 @@ def test_the_nightly_retrain_is_scheduled(server: Server):
     assert schedule["schedule"] == {"cron": "0 2 * * *", "timezone": "Etc/UTC", "day_or": True}
     assert nightly["concurrency_options"]["collision_strategy"] == "CANCEL_NEW"
     assert nightly["global_concurrency_limit"]["limit"] == 1
+    wait_until(lambda: nights(stack, nightly["id"]), seconds=60)
+    assert all(night.partition("T")[2].startswith("02:00:00") for night in nights(stack, nightly["id"]))
 
 
-def test_the_form_has_nested_groups(server: Server):
+def nights(stack: Stack, deployment: str) -> list[str]:
+    """Return when the next flow runs of a deployment are to start."""
+    waiting = {"deployment_id": {"any_": [deployment]}, "state": {"type": {"any_": ["SCHEDULED"]}}}
+    found = stack.post("/flow_runs/filter", {"flow_runs": waiting})
+    return [flow_run["expected_start_time"] for flow_run in found]
+
+
+def test_the_form_has_nested_groups(stack: Stack):
     """The schema that the UI makes its form from has groups with descriptions, plain defaults, limits and choices."""
-    schema = server.deployment("retrain")["parameter_openapi_schema"]
+    schema = stack.deployments("retrain")["nightly"]["parameter_openapi_schema"]
     assert schema.get("required", []) == []
     assert "the directory that holds runs" in schema["properties"]["store"]["description"]
     groups = schema["definitions"]
@@ -173,42 +261,98 @@ def test_the_form_has_nested_groups(server: Server):
     assert [step["name"] for step in schema["properties"]["steps"]["default"]] == ["pretrain", "finetune"]
 
 
-def test_conversion_by_hand_needs_a_url_alone(server: Server):
+def test_maintenance_follows_the_night(stack: Stack):
+    """It runs at six o'clock in the background, one at a time, and keeps ten checkpoints of each run."""
+    nightly = stack.deployments("maintain")["nightly"]
+    assert (nightly["work_pool_name"], nightly["work_queue_name"]) == ("cpu", "background")
+    assert nightly["schedules"][0]["schedule"]["cron"] == "0 6 * * *"
+    assert nightly["global_concurrency_limit"]["limit"] == 1
+    assert nightly["parameters"] == {"keep_last": 10}
+    assert nightly["parameter_openapi_schema"].get("required", []) == []
+
+
+def test_conversion_by_hand_needs_a_url_alone(stack: Stack):
     """The deployment has no schedule, stands on the pool `cpu`, and requires nothing but the checkpoint."""
-    by_hand = server.deployment("convert")
-    assert by_hand["name"] == "by-hand"
+    by_hand = stack.deployments("convert")["by-hand"]
     assert by_hand["work_pool_name"] == "cpu"
     assert by_hand["schedules"] == []
     assert by_hand["parameter_openapi_schema"]["required"] == ["checkpoint"]
 
 
 @pytest.mark.parametrize(("flow", "required"), [("publish", ["export"]), ("rollback", ["store", "run", "repo", "to"])])
-def test_releases_are_made_and_taken_back_by_hand(server: Server, flow: str, required: list[str]):
+def test_releases_are_made_and_taken_back_by_hand(stack: Stack, flow: str, required: list[str]):
     """Both deployments have no schedule and stand on the pool `cpu`; no field of theirs takes a token."""
-    by_hand = server.deployment(flow)
-    assert (by_hand["name"], by_hand["work_pool_name"], by_hand["schedules"]) == ("by-hand", "cpu", [])
+    by_hand = stack.deployments(flow)["by-hand"]
+    assert (by_hand["work_pool_name"], by_hand["schedules"]) == ("cpu", [])
     assert by_hand["entrypoint"] == f"flows/{flow}.py:{flow}"
     schema = by_hand["parameter_openapi_schema"]
     assert schema["required"] == required
     assert "token" not in schema["properties"]
 
 
-def test_a_worker_converts_a_checkpoint(server: Server, checkpoint: Path, tmp_path: Path):
-    """`prefect deployment run` with a URL ends Completed on a worker started elsewhere, with export and artifacts."""
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    with running([*PREFECT, "worker", "start", "--pool", "cpu"], server.env, elsewhere):
-        server.prefect("deployment", "run", "convert/by-hand", "--param", f"checkpoint={checkpoint.as_uri()}")
-        wait_until(lambda: ended(server) is not None, seconds=300)
-        flow_run = ended(server)
+def test_a_worker_converts_a_checkpoint(stack: Stack, checkpoint: Path):
+    """`prefect deployment run` with a URL ends Completed on the stack's worker, with export and artifacts."""
+    stack.command(
+        "prefect",
+        "--profile",
+        "ckptflow",
+        "deployment",
+        "run",
+        "convert/by-hand",
+        "--param",
+        f"checkpoint={checkpoint.as_uri()}",
+    )
+    wait_until(lambda: has_ended(stack.flow_run("convert")), seconds=300)
+    flow_run = stack.flow_run("convert")
     assert flow_run is not None
     assert (flow_run["state_type"], flow_run["name"]) == ("COMPLETED", "convert step_0000000004")
     assert verify(checkpoint.parent / "exports" / "step_0000000004").passed
-    made = server.post("/artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [flow_run["id"]]}}})
-    assert {artifact["key"] for artifact in made} == {"validation-tiny", "export-tiny", "export-check-tiny"}
+    made = stack.post("/artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [flow_run["id"]]}}})
+    assert {artifact["key"] for artifact in made} >= {"validation-tiny", "export-tiny", "export-check-tiny"}
 
 
-def ended(server: Server) -> dict[str, Any] | None:
-    """Return the flow run of the convert deployment when it has ended."""
-    flow_runs = server.post("/flow_runs/filter", {"flows": {"name": {"any_": ["convert"]}}})
-    return next((run for run in flow_runs if run["state"]["type"] in {"COMPLETED", "FAILED", "CRASHED"}), None)
+def has_ended(flow_run: dict[str, Any] | None) -> bool:
+    """Whether there is a flow run, and it is over."""
+    return flow_run is not None and flow_run["state_type"] in {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
+
+
+def test_commits_are_converted_once_that_is_turned_on(stack: Stack):
+    """The automation is off; turned on, an event's URL becomes the parameter of a run of its deployment."""
+    [automation] = [each for each in stack.post("/automations/filter", {}) if each["name"] == ON_COMMIT]
+    assert not automation["enabled"]
+    on_commit = stack.deployments("convert")["on-commit"]
+    assert (on_commit["work_pool_name"], on_commit["work_queue_name"]) == ("cpu", "background")
+    stack.ask("PATCH", f"/work_queues/{on_commit['work_queue_id']}", {"is_paused": True})  # none is to be converted
+    stack.ask("PATCH", f"/automations/{automation['id']}", {"enabled": True})
+    time.sleep(2)  # the server's triggers look again
+    url = "file:///runs/tiny/step_0000000004"
+    event = {"occurred": now(), "event": "ckpt.checkpoint.committed", "resource": {"prefect.resource.id": url}}
+    stack.post("/events", [{**event, "payload": {"url": url}, "id": str(uuid4())}])
+    wait_until(lambda: stack.flow_run("convert", deployment_id={"any_": [on_commit["id"]]}), seconds=60)
+    begun = stack.flow_run("convert", deployment_id={"any_": [on_commit["id"]]})
+    assert begun is not None
+    assert begun["parameters"] == {"checkpoint": url, "export": {"dtype": "bfloat16"}}
+
+
+def test_a_flow_run_that_was_killed_is_crashed(stack: Stack, lost: str):
+    """No process of it is left to say so: its heartbeats have ended, and within bounded time it is known why."""
+    wait_until(lambda: has_ended(stack.ask("GET", f"/flow_runs/{lost}")), seconds=CRASHED_AFTER_S + 60)
+    state = stack.ask("GET", f"/flow_runs/{lost}")["state"]
+    assert (state["type"], state["message"].partition(":")[0]) == ("CRASHED", f"No heartbeat for {CRASHED_AFTER_S} s")
+
+
+def test_down_stops_all_of_it(stack: Stack):
+    """No process is left, and who asks is told that nothing runs."""
+    assert stack.stack("down") == "Stopped.\n"
+    assert marked(str(stack.root)) == []
+    assert "does not answer" in stack.stack("status", status=1)
+
+
+def pids(stack: Stack) -> dict[str, int]:
+    """Return the process of each program, by its name."""
+    return {path.stem: int(path.read_text()) for path in stack.home.glob("*.pid")}
+
+
+def now() -> str:
+    """Return the time, as an event has it."""
+    return datetime.now(UTC).isoformat()
