@@ -32,6 +32,8 @@ from prefect.settings import get_current_settings
 from prefect.states import Crashed
 from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
 
+from tasks.cancellation import heeded
+
 MESSAGE = (
     "The flow's process ended without a word: it was killed, or its worker was stopped. Retry the run, and it goes on "
     "from the last committed step."
@@ -42,24 +44,28 @@ _UNFINISHED = [StateType.PENDING, StateType.RUNNING]
 
 @contextmanager
 def posted() -> Generator[None]:
-    """Have a sentinel beside the flow run that this process is in; none where its server ends with this process."""
+    """Have a sentinel beside the flow run that this process is in, and heed what its worker does not hear.
+
+    Neither is needed where the server ends with this process.
+    """
     settings = get_current_settings()
     if flow_run.id is None or settings.api.url is None:
         yield
         return
     command = [sys.executable, "-m", "tasks.sentinel", str(flow_run.id), str(flow_run.run_count)]
-    with subprocess.Popen(
+    sentinel = subprocess.Popen(
         ["sh", "-c", _WAIT, "sh", *command],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,  # the worker reads this process's output to its end
         stderr=subprocess.DEVNULL,
         env={**os.environ, **settings.to_environment_variables(exclude_unset=True)},
         start_new_session=True,
-    ) as sentinel:
-        try:
+    )
+    try:
+        with heeded(UUID(flow_run.id)):
             yield
-        finally:
-            sentinel.communicate(b"\n")
+    finally:
+        sentinel.communicate(b"\n")
 
 
 @retry(retry=retry_if_exception_type(TransportError), wait=wait_fixed(2), stop=stop_after_delay(300), reraise=True)
