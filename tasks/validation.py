@@ -78,12 +78,12 @@ def check_export(url: str, run: str, export: str) -> list[dict[str, Any]]:
         RefusedError: a check failed.
     """
     result = run_job("check_export", {"url": url, "export": export})
-    _require(result["checks"], EXPORT_CHECK, run, f"export {export}")
+    _require(result["checks"], EXPORT_CHECK, run, f"export {export}", "Delete it to have it made again.")
     return result["checks"]
 
 
-def _require(checks: list[dict[str, Any]], kind: str, run: str, what: str) -> None:
-    failed = [f"{check['name']}: {check['detail']}" for check in checks if not check["passed"]]
+def _require(checks: list[dict[str, Any]], kind: str, run: str, what: str, remedy: str = "") -> None:
+    failed = [f"{check['name']}: {check['detail'].rstrip('.')}." for check in checks if not check["passed"]]
     if failed:
         artifacts.report_table(kind, run, checks)
-        raise RefusedError(f"{what} was refused. " + " ".join(failed))
+        raise RefusedError(" ".join(filter(None, [f"{what} was refused.", *failed, remedy])))

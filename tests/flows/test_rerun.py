@@ -198,11 +198,12 @@ def test_an_export_that_is_gone_is_made_again(converted: Converted):
 
 
 def test_an_export_that_was_changed_is_checked_again(converted: Converted):
-    """One bit of its weights, its size being the same, ends the flow run, which had passed it before."""
+    """One bit of its weights, its size being the same, fails the flow run; it is told what to do."""
     flip(converted.export / "model.safetensors")
     state = convert(str(converted.step), return_state=True)
     assert tasks_of(state) == FOUND | {"check export of tiny": "Failed"}
     assert f"export {converted.export} was refused. tensors: differ" in state.message
+    assert state.message.endswith(". Delete it to have it made again.")
 
 
 def test_a_checkpoint_that_was_changed_is_validated_again(converted: Converted):
