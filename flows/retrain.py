@@ -31,6 +31,7 @@ from tasks.config import (
     Name,
     TrainingStep,
     ValidationSettings,
+    check_batches,
     default_steps,
 )
 from tasks.conversion import convert_checkpoint
@@ -76,6 +77,7 @@ def retrain(
     """
     store = local_path(store).as_uri()
     check_hub(hub, tokens=True)
+    check_batches(steps, compute)
     plan = {
         "model": model.model_dump(),
         "data": data.model_dump(),

@@ -72,7 +72,7 @@ def checkpoint(url: str) -> Card:
 def training(run: str, seen: JobProgress, outcome: str) -> Card:
     """Return how far a training job is, and its loss curve so far."""
     line = seen.line(outcome)
-    curve = loss_curve([*seen.train.points, [seen.step, seen.loss]], seen.heldout.points) if seen.loss else ""
+    curve = loss_curve([*seen.train.points, [seen.step, seen.loss]], seen.heldout.points) if seen.loss is not None else ""
     text = f"## Training {seen.name} of run {run}\n\n{line}\n\n{curve}\n"
     return Card(key("training", run, seen.name), line, text)
 

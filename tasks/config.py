@@ -6,10 +6,12 @@ flows, tasks and training ranks can all read it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator, model_validator
+
+from ckpt_core.errors import ArgumentError
 
 PYTHON_STDLIB = "python-stdlib"
 """The data source that is on every machine: the source code of Python's own standard library."""
@@ -210,6 +212,21 @@ class ComputeSettings(Settings):
                 f"{self.max_restarts}; expected at most nodes * ranks, and max_restarts of 1 or more"
             )
         return self
+
+
+def check_batches(steps: Sequence[TrainingStep], compute: ComputeSettings) -> None:
+    """Refuse, before anything is done, steps whose batches the ranks cannot share.
+
+    Raises:
+        ArgumentError: which step's; it names the field.
+    """
+    ranks = compute.nodes * compute.ranks
+    for number, step in enumerate(steps):
+        if step.batch_size % ranks:
+            raise ArgumentError(
+                f"steps.{number}.batch_size: {step.batch_size} sequences cannot be shared by {ranks} ranks; expected a "
+                f"multiple of {ranks}, say {ranks * max(1, round(step.batch_size / ranks))}"
+            )
 
 
 class ValidationSettings(Settings):

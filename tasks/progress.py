@@ -37,7 +37,7 @@ class JobProgress:
 
     def begin(self, entries: Iterable[Mapping[str, Any]]) -> None:
         """Take what the record holds when the job starts."""
-        self._add([entry for entry in entries if entry.get("step", 0) <= self.step])
+        self._add([entry for entry in entries if self._is_mine(entry) and entry["step"] <= self.step])
 
     def add(self, entries: Iterable[Mapping[str, Any]]) -> None:
         """Take new lines. One of a step that was told before drops what was told from there on."""

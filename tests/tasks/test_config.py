@@ -8,8 +8,18 @@ import sys
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from ckpt_core.errors import ArgumentError
 from tasks import config
-from tasks.config import ComputeSettings, DataSettings, HubSettings, Job, ModelSettings, TrainingStep, default_steps
+from tasks.config import (
+    ComputeSettings,
+    DataSettings,
+    HubSettings,
+    Job,
+    ModelSettings,
+    TrainingStep,
+    check_batches,
+    default_steps,
+)
 
 SETTINGS = [
     value
@@ -139,6 +149,15 @@ def test_the_default_job_is_two_steps_the_second_at_a_lower_rate():
     pretrain, finetune = default_steps()
     assert finetune.learning_rate < pretrain.learning_rate
     assert pretrain.batch_size % ComputeSettings().ranks == finetune.batch_size % ComputeSettings().ranks == 0
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_refused_by_its_field():
+    """The error names the training step and its field, and a number that would do."""
+    steps = [TrainingStep(), TrainingStep(batch_size=10)]
+    check_batches(steps, ComputeSettings(ranks=2))
+    told = r"steps\.1\.batch_size: 10 sequences cannot be shared by 4 ranks; expected a multiple of 4, say 8"
+    with pytest.raises(ArgumentError, match=told):
+        check_batches(steps, ComputeSettings(ranks=4))
 
 
 def test_settings_load_neither_torch_nor_prefect():
