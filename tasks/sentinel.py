@@ -30,7 +30,6 @@ from prefect.client.schemas.objects import StateType
 from prefect.runtime import flow_run
 from prefect.settings import get_current_settings
 from prefect.states import Crashed
-from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from tasks.cancellation import heeded
 
@@ -68,14 +67,10 @@ def posted() -> Generator[None]:
         sentinel.communicate(b"\n")
 
 
-@retry(retry=retry_if_exception_type(TransportError), wait=wait_fixed(2), stop=stop_after_delay(300), reraise=True)
 def tell(flow_run_id: UUID, run_count: int) -> None:
     """Have a flow run, and its tasks, be Crashed, unless that attempt of it is known to have ended in another way.
 
     A run that is being cancelled is left to its worker, and to the server.
-
-    Raises:
-        TransportError: the server has not answered for five minutes.
     """
     with get_client(sync_client=True) as client:
         found = client.read_flow_run(flow_run_id)
@@ -95,5 +90,13 @@ def _end_tasks(client: SyncPrefectClient, flow_run_id: UUID) -> None:
         client.set_task_run_state(task_run.id, Crashed(message=MESSAGE), force=True)
 
 
+def main(arguments: list[str]) -> None:
+    """Tell; try for five minutes where the server is away."""
+    from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
+
+    until_told = retry(retry=retry_if_exception_type(TransportError), wait=wait_fixed(2), stop=stop_after_delay(300))
+    until_told(tell)(UUID(arguments[0]), int(arguments[1]))
+
+
 if __name__ == "__main__":
-    tell(UUID(sys.argv[1]), int(sys.argv[2]))
+    main(sys.argv[1:])
