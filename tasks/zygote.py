@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tasks import reaper
+from tasks.held import held
 
 if TYPE_CHECKING:
     from tasks.process import Reaper, Surroundings
@@ -123,8 +124,8 @@ class Zygote:
         told, status = os.pipe()
         made = ForkedReaper(told, ours)
         try:
-            order = asdict(_Order(list(job), dict(around.env), around.cwd, around.grace_s))
-            pipes = [lifeline, around.sink, status, *around.kept]
+            order = asdict(_Order(list(job), dict(around.env), around.cwd, around.grace_s, len(around.kept)))
+            pipes = [lifeline, around.sink, status, *around.kept, *held()]
             socket.send_fds(self._channel, [json.dumps(order).encode()], pipes, socket.MSG_NOSIGNAL)
         except BaseException:
             made.close()
@@ -203,6 +204,8 @@ class _Order:
     env: Mapping[str, str]
     cwd: str
     grace_s: float
+    kept: int
+    """How many of the file descriptors that come with it are `Surroundings.kept`; others follow, to be kept open."""
 
 
 class _Server:
@@ -247,8 +250,9 @@ class _Server:
                 os.kill(stray, signal.SIGKILL)
 
 
-def _reap(order: _Order, lifeline: int, sink: int, status: int, *kept: int) -> list[str]:
+def _reap(order: _Order, lifeline: int, sink: int, status: int, *others: int) -> list[str]:
     """Be a job's reaper, and end when the job has; in the job's process return the job."""
+    kept = others[: order.kept]
     os.setpgid(0, 0)
     for fd, stream in ((lifeline, 0), (sink, 1), (sink, 2)):
         os.dup2(fd, stream)

@@ -1,5 +1,6 @@
 """Jobs that are forked from a process which has done their imports."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from programs.probe import MARK, PROGRAMS, marked, wait_until, wait_until_gone
 
 from tasks import zygote
+from tasks.held import held_open
 from tasks.process import ChildFailedError, ExecutedReaper, Start, Surroundings, run
 
 PATH = os.pathsep.join([str(PROGRAMS), str(PROGRAMS.parents[2])])
@@ -244,3 +246,29 @@ def test_an_order_too_large_is_executed(mark, start):
 def around(sink: int, kept: int, mark: str) -> Surroundings:
     """Return what a job finds."""
     return Surroundings(sink, [kept], {**os.environ, **environment(mark)}, str(Path.cwd()), 1.0)
+
+
+def test_a_job_keeps_open_what_its_caller_holds(mark, start, tmp_path):
+    """A lock that trees are to keep is taken while a job of its holder runs, and free once that has ended."""
+    lock, taken = tmp_path / "lock", list[bool]()
+
+    def hear(_: str) -> None:
+        os.close(handle)
+        taken.append(not is_free(lock))
+
+    handle = os.open(lock, os.O_RDWR | os.O_CREAT)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    with held_open(handle):
+        run(job("answer", "nothing"), on_line=hear, env=environment(mark), start=start)
+    assert taken == [True]
+    wait_until(lambda: is_free(lock))
+
+
+def is_free(lock: Path) -> bool:
+    """Return whether nobody holds a lock."""
+    with lock.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
