@@ -62,7 +62,7 @@ class Note(Settings):
     """Its name, for people."""
 
     state: Literal["joined", "done", "failed", "left"]
-    """`left`: the node itself was told to stop."""
+    """`failed`: ranks did, here or elsewhere; `left`: the node itself could not go on, or was told to stop."""
 
     reason: str = ""
     failures: list[RankNote] = Field(default=[])
@@ -168,8 +168,9 @@ def _in_order(*nodes: list[RankFailure]) -> tuple[RankFailure, ...]:
 
 
 def _gone(note: Note) -> str:
-    why = "was told to stop" if note.state == "left" else "is gone: it does not tell how its ranks ended"
-    return f"node {note.node} {why}"
+    if note.state == "left":
+        return f"node {note.node} left: {note.reason or 'it was told to stop'}"
+    return f"node {note.node} is gone: it does not tell how its ranks ended"
 
 
 def _await_notes(notes: Path, seconds: float) -> list[Note]:
@@ -213,17 +214,22 @@ def answer(directory: Path, call: Call, on_line: Callable[[str], None]) -> Note:
     try:
         _run_share(call.job, on_line, call=call.id, host=False)
         note = Note(node=node_name(), state="done")
-    except (ChildFailedError, CkptError) as error:
+    except RanksFailedError as error:
         note = _failed(error)
+    except (ChildFailedError, CkptError) as error:
+        note = Note(node=node_name(), state="left", reason=_end_of(error))
     finally:
         _write_note(path, note)
     return note
 
 
-def _failed(error: ChildFailedError | CkptError) -> Note:
-    own = error.failures if isinstance(error, RanksFailedError) else ()
-    failures = [RankNote(rank=f.rank, code=f.code, lines=f.lines[-_CHARACTERS:]) for f in own]
-    return Note(node=node_name(), state="failed", reason=str(error)[-_CHARACTERS:], failures=failures)
+def _failed(error: RanksFailedError) -> Note:
+    failures = [RankNote(rank=f.rank, code=f.code, lines=f.lines[-_CHARACTERS:]) for f in error.failures]
+    return Note(node=node_name(), state="failed", reason=_end_of(error), failures=failures)
+
+
+def _end_of(error: Exception) -> str:
+    return str(error)[-_CHARACTERS:]
 
 
 def _write_note(path: Path, note: Note) -> None:

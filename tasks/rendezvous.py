@@ -3,8 +3,13 @@
 Imported by `tasks.agent` alone, since it imports torch.
 """
 
+import math
+import os
+import sys
+import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from torch._C._distributed_c10d import Store
 from torch.distributed.elastic.rendezvous import (
@@ -25,9 +30,36 @@ BACKEND = "ckptflow"
 LEAVE_S = 5.0
 """How long the host waits at its end for the others to have left the rendezvous, which goes with it."""
 
+ANSWER_S = 30.0
+"""How long the host may take to answer; a network that is gone is no error by itself."""
+
 
 class EndedElsewhereError(Exception):
     """The ranks of this node have to end, for a reason that lies on another node; the message says which."""
+
+
+class Patience:
+    """Ends this process, and so its ranks by its reaper, when a call lasts too long: nothing can interrupt one."""
+
+    def __init__(self) -> None:
+        self._deadline = math.inf
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    @contextmanager
+    def of(self, seconds: float) -> Iterator[None]:
+        """Have patience for so long."""
+        self._deadline = time.monotonic() + seconds
+        try:
+            yield
+        finally:
+            self._deadline = math.inf
+
+    def _watch(self) -> None:
+        while time.monotonic() < self._deadline:
+            time.sleep(1)
+        sys.stderr.write("the node that started the job does not answer; ending this node's ranks\n")
+        sys.stderr.flush()
+        os._exit(1)
 
 
 class Rendezvous(RendezvousHandler):
@@ -42,6 +74,7 @@ class Rendezvous(RendezvousHandler):
         self._inner, self._host = inner, host
         self._nodes: int = inner.settings.max_nodes
         self._store: Store | None = None
+        self._patience = Patience()
 
     def get_backend(self) -> str:
         """Return the name that this is registered under."""
@@ -58,12 +91,13 @@ class Rendezvous(RendezvousHandler):
         Raises:
             EndedElsewhereError: the job needs no further node, or not enough of them came in time.
         """
+        wait_s = self._inner.settings.timeout.join.total_seconds()
         try:
-            info = self._inner.next_rendezvous()
+            with self._patience.of(wait_s + ANSWER_S):
+                info = self._inner.next_rendezvous()
         except (RendezvousClosedError, RendezvousGracefulExitError):
             raise EndedElsewhereError("the job has ended, and was run by other nodes") from None
         except RendezvousTimeoutError:
-            wait_s = self._inner.settings.timeout.join.total_seconds()
             raise EndedElsewhereError(f"fewer than {self._nodes} nodes came within {wait_s:.0f} s") from None
         self._store = info.store
         if self._host:
@@ -80,7 +114,8 @@ class Rendezvous(RendezvousHandler):
             EndedElsewhereError: the job ended on another node, or a node is gone.
         """
         try:
-            closed = self.is_closed()
+            with self._patience.of(ANSWER_S):
+                closed = self.is_closed()
         except RendezvousConnectionError:
             raise EndedElsewhereError("the node that started the job is gone, or has ended it") from None
         if closed:
@@ -107,6 +142,10 @@ class Rendezvous(RendezvousHandler):
 
     def shutdown(self) -> bool:
         """Tell all that the job has ended, and leave: the host last, if the others are there."""
+        with self._patience.of(ANSWER_S + LEAVE_S):
+            return self._leave()
+
+    def _leave(self) -> bool:
         closed = self._inner.shutdown()
         if self._store is not None:
             with suppress(RuntimeError):  # the host is gone already

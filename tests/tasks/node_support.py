@@ -111,5 +111,11 @@ def machines() -> Generator[Mapping[str, tuple[str, ...]]]:
             _ip("netns", "delete", name)
 
 
+def unplug(place: tuple[str, ...]) -> None:
+    """Pull the cable of a machine: what it sends is lost, and nobody is told."""
+    name = place[-1]
+    assert _ip("-n", name, "link", "set", f"b{name.partition('-')[2]}", "down").returncode == 0
+
+
 def _ip(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False, timeout=30)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from node_support import Program, light_job, machines, node
+from node_support import Program, light_job, machines, node, unplug
 from programs.probe import PROGRAMS, marked, wait_until_gone
 from worker_support import committed_steps, manifest, prepare_tiny, step_records, tiny_job, write_job
 
@@ -155,6 +155,26 @@ def test_a_node_that_is_lost_is_told_and_left_out(tmp_path: Path, mark: str, por
     assert helper.close() == -signal.SIGKILL
 
 
+@pytest.mark.long
+def test_a_machine_that_falls_silent_is_left_out(tmp_path: Path, mark: str):
+    """Without its cable a machine is missed after 15 s without a sign of life; it ends its own ranks, too."""
+    with machines() as places:
+        first, other = places.values()
+        job = light_job(tmp_path, 29400, "wait", until=1, rendezvous="10.213.77.1:29400", max_restarts=1, min_ranks=1)
+        helper = node(tmp_path, mark, prefix=other)
+        starter = Program([*first, sys.executable, str(PROGRAMS / "first_node.py"), str(write_job(job))], mark)
+        starter.wait_for("[rank 0] rank 0 of 2, does wait")
+        unplug(other)
+        silent = time.monotonic()
+        assert starter.close(120) == 0, starter.lines
+        print(f"went on {time.monotonic() - silent:.0f} s after the cable was pulled")
+        assert any("going on from the start with 1 ranks" in line for line in starter.lines)
+        helper.wait_for("job to step 4: left: torchrun of node_rank ended with exit code 1", seconds=120)
+        assert any("the node that started the job does not answer" in line for line in helper.lines)
+        print(f"the other machine's ranks ended {time.monotonic() - silent:.0f} s after")
+        assert helper.end() == 128 + signal.SIGTERM
+
+
 @pytest.mark.usefixtures("ranks_path")
 def test_nodes_that_do_not_come_are_an_error(tmp_path: Path, port: int):
     """The job fails when it has waited long enough, and says for how many nodes."""
@@ -198,7 +218,7 @@ def note_of(directory: Path) -> Note:
 
 
 def test_a_node_tells_how_its_share_ended(tmp_path: Path, shares: list[BaseException]):
-    """Ranks that failed are in its note with their last lines, a torchrun that did with its message."""
+    """Ranks that failed are in its note with their last lines; a torchrun that did makes the node one that left."""
     call = call_for(light_job(tmp_path, 1, "end"), tmp_path)
     assert answer(tmp_path, call, print).state == "done"
     shares.append(RanksFailedError("the story", [RankFailure(3, -9, "last\nlines")]))
@@ -206,7 +226,7 @@ def test_a_node_tells_how_its_share_ended(tmp_path: Path, shares: list[BaseExcep
     assert note_of(tmp_path).failures == [RankNote(rank=3, code=-9, lines="last\nlines")]
     shares.append(ChildFailedError("torchrun ended"))
     answer(tmp_path, call, print)
-    assert (note_of(tmp_path).state, note_of(tmp_path).reason) == ("failed", "torchrun ended")
+    assert (note_of(tmp_path).state, note_of(tmp_path).reason) == ("left", "torchrun ended")
 
 
 def test_a_node_that_is_stopped_tells_that_it_left(tmp_path: Path, shares: list[BaseException]):
@@ -235,7 +255,7 @@ def test_an_error_tells_of_all_nodes_likely_causes_first(tmp_path: Path, monkeyp
     with pytest.raises(NodesFailedError) as failed:
         run_once(job, print)
     lines = str(failed.value).splitlines()
-    assert lines[0] == "node_rank: node c was told to stop"
+    assert lines[0] == "node_rank: node c left: it was told to stop"
     assert lines[1].startswith("rank 3 of 8 on node b was ended by SIGKILL")
     assert lines[3].startswith(f"rank 0 of 8 on node {nodes.node_name()} ended with exit code 1")
     assert [failure.rank for failure in failed.value.failures] == [3, 0, 1]
