@@ -15,8 +15,9 @@ from node_support import Program, light_job, machines, node, unplug
 from programs.probe import PROGRAMS, marked, wait_until_gone
 from worker_support import committed_steps, manifest, prepare_tiny, step_records, tiny_job, write_job
 
+import tasks.node
 from ckpt_core.errors import ArgumentError
-from tasks import nodes
+from tasks import cards, nodes
 from tasks.config import ComputeSettings, Job
 from tasks.elastic import run_ranks
 from tasks.nodes import Call, NodesFailedError, Note, RankNote, answer, read_call, run_once
@@ -75,7 +76,7 @@ def survived(prepared: dict[str, Any], tmp_path_factory: pytest.TempPathFactory)
 def test_a_killed_rank_is_left_out_and_training_ends(survived: tuple[Job, list[str]]):
     """After SIGKILL to one of two ranks, one goes on from the newest commit, to the end.
 
-    The log, the manifests' lineage and the world size tell of it; each step is recorded once.
+    The log, the manifests' lineage, the card and the world size tell of it; each step is recorded once.
     """
     job, lines = survived
     [told] = [line for line in lines if line.startswith("going on")]
@@ -87,6 +88,9 @@ def test_a_killed_rank_is_left_out_and_training_ends(survived: tuple[Job, list[s
     assert (before["hardware"]["world_size"], "restarts" in before) == (2, False)
     assert (after["hardware"]["world_size"], after["restarts"][0]["after_step"]) == (1, 4)
     assert [entry["step"] for entry in step_records(job)] == list(range(1, 9))
+    shown = {step: cards.checkpoint(f"{job.store}/{job.run}/step_{step:010d}").text for step in (4, 8)}
+    assert "| Restarts | after step 4: dying_worker: rank 1 of 2 was ended by SIGKILL" in shown[8]
+    assert "Restarts" not in shown[4]
 
 
 def test_two_machines_train_as_one_does(prepared, survived, tmp_path: Path, mark: str):
@@ -153,6 +157,44 @@ def test_a_node_that_is_lost_is_told_and_left_out(tmp_path: Path, mark: str, por
     ) in lines
     assert lines[-1] == "[rank 0] rank 0 of 1, does wait"
     assert helper.close() == -signal.SIGKILL
+
+
+@pytest.mark.long
+def test_a_machine_that_is_stopped_commits_first(prepared: dict[str, Any], tmp_path: Path, mark: str):
+    """TERM to one of two machines has both commit the step that they are at; the other one goes on from it."""
+    job = tiny_job(prepared, tmp_path / "store", end_step=400, checkpoint_every=400, evaluate_every=400)
+    two = {"ranks": 1, "nodes": 2, "rendezvous": "10.213.77.1:29400", "max_restarts": 1, "min_ranks": 1}
+    job = job.model_copy(update={"compute": ComputeSettings.model_validate({"device": "cpu", **two})})
+    with machines() as places:
+        first, other = places.values()
+        helper = node(tmp_path / "store", mark, prefix=other)
+        starter = Program([*first, sys.executable, str(PROGRAMS / "first_node.py"), str(write_job(job))], mark)
+        starter.wait_for("[rank 0] step 20/400", seconds=120)
+        assert helper.end() == 128 + signal.SIGTERM
+        assert starter.close(120) == 0, starter.lines
+    at, end = committed_steps(job)
+    assert (20 <= at < 400, end) == (True, 400)
+    [restart] = manifest(job, 400).lineage["restarts"]
+    assert (restart["after_step"], restart["nodes"], restart["ranks"]) == (at, 1, 1)
+    assert restart["reason"].endswith("left: it was told to stop")
+
+
+@pytest.mark.usefixtures("ranks_path")
+def test_a_job_that_is_stopped_is_stopped_on_all_nodes(tmp_path: Path, mark: str, port: int):
+    """A cancellation of the first node ends the ranks of the others, which wait for the next job."""
+    helper = node(tmp_path, mark)
+
+    def on_line(line: str) -> None:
+        if line == "[rank 0] rank 0 of 2, does wait":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_ranks(light_job(tmp_path, port, "wait", max_restarts=1), on_line)
+    stopped = time.monotonic()
+    helper.wait_for("job to step 4: failed: node_rank: this node's ranks were stopped: the ", seconds=30)
+    print(f"{time.monotonic() - stopped:.1f} s later")
+    assert sorted(command.split()[2] for command in marked(mark).values()) == ["tasks.node"]
+    assert helper.end() == 128 + signal.SIGTERM
 
 
 @pytest.mark.long
@@ -278,6 +320,12 @@ def test_a_call_is_out_only_while_the_job_is_on(tmp_path: Path, monkeypatch: pyt
     assert seen[0] is not None
     assert seen[0].job == job
     assert list((tmp_path / "tiny").iterdir()) == []
+
+
+def test_a_store_that_is_no_directory_is_an_error(capsys: pytest.CaptureFixture[str]):
+    """A node says so, and ends."""
+    assert tasks.node.main(["s3://bucket/store", "tiny"]) == 1
+    assert "s3://bucket/store" in capsys.readouterr().out
 
 
 def test_a_call_that_is_none_is_not_answered(tmp_path: Path):
