@@ -58,15 +58,17 @@ def checkpoint(url: str) -> Card:
         "Train loss": _loss(metrics.get("train_loss")),
         "Where": code(url),
         "Size": f"{megabytes(manifest.nbytes)} in {len(manifest.files)} files",
-        "Digest": code(manifest.digest()),
+        "Digest": code(short(manifest.digest())),
         "Committed": manifest.time,
         "Training stood still": _stood_still(found),
         "Parent": _parent(lineage.get("parent")),
         "Hardware": f"{hardware.get('device', '?')}, {hardware.get('backend', '?')}, {ranks}",
+        **_restarts(lineage.get("restarts", ())),
     }
     curve = loss_curve(metrics.get("loss_curve") or [], metrics.get("heldout_curve") or [])
     text = f"## Checkpoint: run {manifest.run}, step {manifest.step}\n\n{_table(rows)}\n\n{curve}\n"
-    return Card(key("checkpoint", manifest.run), f"step {manifest.step}, {short(manifest.digest())}", text)
+    loss = f"held-out loss {_loss(metrics.get('heldout_loss'))}"
+    return Card(key("checkpoint", manifest.run), f"step {manifest.step}, {loss}", text)
 
 
 def training(run: str, seen: JobProgress, outcome: str) -> Card:
@@ -154,6 +156,12 @@ def _escaped_bars(text: str) -> str:
 
 def _parent(parent: Mapping[str, Any] | None) -> str:
     return f"step {parent['step']}" if parent else "none: trained from scratch or from pretrained weights"
+
+
+def _restarts(restarts: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return what tells that training went on by itself after ranks died, if it did; see `tasks.elastic`."""
+    told = [f"after step {each['after_step']}: {_line(each['reason'])}" for each in restarts]
+    return {"Restarts": "; ".join(told)} if told else {}
 
 
 def _stood_still(found: Checkpoint) -> str:

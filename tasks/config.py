@@ -143,7 +143,7 @@ class TrainingStep(Settings):
     evaluate_every: int = Field(default=50, ge=1)
     """Steps between evaluations on the held-out text."""
 
-    data: DataSettings | None = None
+    data: DataSettings | None = Field(default=None, title="Data")
     """Other data for this step; empty means the retrain's. The evaluation set stays the retrain's."""
 
 

@@ -23,6 +23,7 @@ def loss_curve(train: Curve, heldout: Curve, kind: Literal["png", "svg"] = "png"
         if heldout:
             steps, losses = [p[0] for p in heldout], [p[1] for p in heldout]
             axes.plot(steps, losses, label="held-out", color="#e45756", marker="o", markersize=4)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("step")
         axes.set_ylabel("loss, nats a token")
         axes.grid(alpha=0.3)

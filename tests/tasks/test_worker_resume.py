@@ -127,14 +127,16 @@ def test_term_commits_and_says_unfinished(server, prepared, tmp_path):
 
 
 def test_saving_at_once_is_the_same(server, uninterrupted, tmp_path):
-    """A job that does not train on while it saves ends with the same bits, records, steps and parents."""
+    """A job that saves at once, and writes for TensorBoard, ends with the same bits, records, steps and parents."""
     reference, _ = uninterrupted(2)
     job = same_job(reference, tmp_path / "store")
-    job = job.model_copy(update={"compute": job.compute.model_copy(update={"async_save": False})})
+    changes = {"async_save": False, "tensorboard": True}
+    job = job.model_copy(update={"compute": job.compute.model_copy(update=changes)})
     assert server.run(job)["codes"] == [0, 0]
     assert final_state(job) == final_state(reference)
     assert step_records(job) == step_records(reference)
     assert committed_steps(job) == committed_steps(reference) == [2, 4, 6, 8, 10, 12]
+    assert len(list((Path(job.store) / job.run / "tensorboard").iterdir())) == 1
     for step in committed_steps(job):
         parents = [manifest(j, step).lineage["parent"] for j in (job, reference)]
         assert [parent and parent["step"] for parent in parents] == [step - 2 or None] * 2
