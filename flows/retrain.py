@@ -62,15 +62,15 @@ def retrain(
 
     Args:
         store: the directory that holds runs, and the local Hub's repositories.
-        run: the lineage of checkpoints to continue, or to begin.
-        model: what to train.
+        run: name of the lineage of checkpoints to continue, or to begin, and of its directory in the store.
+        model: what to train: an architecture from scratch, or pretrained weights.
         data: the text to train on, and what of it is held out.
         steps: training jobs, each from the weights of the one before.
-        compute: where training runs.
+        compute: where training runs, in how many processes, and how it is saved.
         validation: what the checkpoint must pass.
         export: cast and file sizes of the release.
-        hub: where the release goes.
-        seed: of initial weights and the order of the data.
+        hub: where the release goes, when a model is better than the one before, and what becomes of one that is not.
+        seed: decides the initial weights and the order of the data; equal settings and seed give an equal model.
         keep_checkpoints: how many of the run's newest checkpoints stay when the retrain has ended.
         keep_releases: of how many of the newest releases the checkpoints stay too, to roll back to; the champion's
             always does.

@@ -12,7 +12,7 @@ from ckpt_core import open_store
 from ckpt_core.errors import ArgumentError, NotACheckpointError
 from ckpt_core.store import CHAMPION
 from tasks import artifacts, releases, sentinel
-from tasks.config import HubSettings, Name
+from tasks.config import HubSettings, Name, Repository
 from tasks.publication import check_hub, destination, roll_back
 from tasks.results import ReferenceSerializer
 
@@ -24,7 +24,7 @@ from tasks.results import ReferenceSerializer
     result_serializer=ReferenceSerializer(),
 )
 def rollback(
-    store: str, run: Name, repo: str, to: str, endpoint: str | None = None, token_block: str | None = None
+    store: str, run: Name, repo: Repository, to: str, endpoint: str | None = None, token_block: str | None = None
 ) -> dict[str, Any]:
     """Have `main` serve an earlier release again, by a new commit; the run's champion, and its next retrain, follow.
 

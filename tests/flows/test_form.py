@@ -13,11 +13,12 @@ from prefect.exceptions import ParameterTypeError, PrefectHTTPStatusError
 from prefect.utilities.callables import parameter_schema
 
 from flows.convert import convert
+from flows.maintain import maintain
 from flows.publish import publish
 from flows.retrain import retrain
 from flows.rollback import rollback
 
-FLOWS = [retrain, convert, publish, rollback]
+FLOWS = [retrain, convert, publish, rollback, maintain]
 
 
 def schema(flow: Flow[..., Any]) -> dict[str, Any]:
@@ -48,6 +49,7 @@ def test_only_what_nobody_can_guess_is_required(flow: Flow[..., Any]):
         "convert": ["checkpoint"],
         "publish": ["export"],
         "rollback": ["store", "run", "repo", "to"],
+        "maintain": [],
     }
     whole = schema(flow)
     assert whole.get("required", []) == required[flow.name]
@@ -93,6 +95,27 @@ def test_a_wrong_value_is_told_by_field_and_expectation(parameters: dict[str, An
     """The flow's own validation names the field as a person would, and says what it expected there."""
     with pytest.raises(ParameterTypeError) as told:
         retrain.validate_parameters(parameters)
+    [line] = [line for line in str(told.value).splitlines() if line.startswith(" - ")]
+    assert line.startswith(f" - {field}: ")
+    assert expected in line
+
+
+@pytest.mark.parametrize(
+    ("flow", "parameters", "field", "expected"),
+    [
+        (convert, {"checkpoint": "a", "export": {"max_shard_megabytes": 0}}, "export.max_shard_megabytes", "than 0"),
+        (convert, {"checkpoint": "a", "allow_nonfinite": "perhaps"}, "allow_nonfinite", "valid boolean"),
+        (publish, {"export": "out", "hub": {"on_worse": "shrug"}}, "hub.on_worse", "'stop', 'branch' or 'approve'"),
+        (rollback, {"store": "runs", "run": "a/b", "repo": "me/it", "to": "v1"}, "run", "expected 1 to 64 letters"),
+        (rollback, {"store": "runs", "run": "a", "repo": "it", "to": "v1"}, "repo", "expected owner/name, an absolute"),
+    ],
+)  # fmt: skip
+def test_the_other_flows_name_the_field_too(
+    flow: Flow[..., Any], parameters: dict[str, Any], field: str, expected: str
+):
+    """Each flow says what it expected of a wrong value, and where."""
+    with pytest.raises(ParameterTypeError) as told:
+        flow.validate_parameters(parameters)
     [line] = [line for line in str(told.value).splitlines() if line.startswith(" - ")]
     assert line.startswith(f" - {field}: ")
     assert expected in line
