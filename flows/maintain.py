@@ -13,7 +13,7 @@ from pydantic import Field
 from ckpt_core import open_store
 from ckpt_core.errors import ArgumentError, DamagedError
 from ckpt_core.retention import Retention
-from tasks import sentinel
+from tasks import artifacts, sentinel
 from tasks.maintenance import Tidied, tidy, verify_runs
 from tasks.maintenance_report import Maintained
 from tasks.results import ReferenceSerializer
@@ -64,7 +64,7 @@ def maintain(
             for run in opened.runs()
         ]
     maintained = Maintained(opened.url, checkpoints, tidied)
-    maintained.show()
+    artifacts.maintenance(maintained.card(), maintained.rows())
     emit_event("ckpt.store.maintained", resource={"prefect.resource.id": opened.url}, payload=maintained.facts())
     _require(maintained)
     return maintained.facts()

@@ -67,6 +67,12 @@ def lineage_card(run: str, summary: Mapping[str, Any], kept: str) -> None:
     _show(lineage.card(run, summary, kept))
 
 
+def maintenance(card: cards.Card, rows: Sequence[Mapping[str, str | int]]) -> None:
+    """Show what was found and done in a store: a summary, and a table with a line for each run."""
+    _show(card)
+    _send(create_table_artifact, list(rows), cards.key(card.key, "runs"), card.description)
+
+
 def _show(card: cards.Card) -> None:
     _send(create_markdown_artifact, card.text, card.key, card.description)
 

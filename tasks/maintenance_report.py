@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prefect.artifacts import create_markdown_artifact, create_table_artifact
-
+from tasks.cards import Card, key
 from tasks.maintenance import Tidied
 
 
@@ -56,8 +54,8 @@ class Maintained:
         """Return a line of the table for each run, of plain text and numbers."""
         return [self._row(each) for each in self.tidied]
 
-    def text(self) -> str:
-        """Return the summary, as Markdown."""
+    def card(self) -> Card:
+        """Return the summary."""
         facts, done = self.facts(), [sentence for each in self.tidied for sentence in each.done]
         deleted = sum(len(each.deleted) for each in self.tidied)
         parts = [
@@ -69,13 +67,9 @@ class Maintained:
             _section("Left alone until the next time", [f"run {run}: {why}" for run, why in facts["left"].items()]),
             _section("Set right", done),
         ]
-        return "\n\n".join(filter(None, parts)) + "\n"
-
-    def show(self) -> None:
-        """Make the artifacts."""
-        title = f"{len(self.damaged)} damaged" if self.damaged else "no damage found"
-        create_markdown_artifact(self.text(), key=_key("maintenance", self.store), description=title)
-        create_table_artifact(self.rows(), key=_key("maintenance-runs", self.store), description=title)
+        found = f"{len(self.damaged)} damaged" if self.damaged else "no damage found"
+        path = self.store.partition("://")[2]
+        return Card(key("maintenance", path), found, "\n\n".join(filter(None, parts)) + "\n")
 
     def _row(self, each: Tidied) -> dict[str, str | int]:
         own = [found for found in self.checkpoints if found["run"] == each.run]
@@ -97,8 +91,3 @@ def _steps(steps: Sequence[int]) -> str:
 
 def _section(title: str, sentences: Sequence[str]) -> str:
     return "\n".join([f"### {title}", "", *(f"- {sentence}" for sentence in sentences)]) if sentences else ""
-
-
-def _key(kind: str, store: str) -> str:
-    """Return an artifact's key: lower-case letters, digits and dashes."""
-    return re.sub(r"[^a-z0-9]+", "-", f"{kind}-{store.partition('://')[2]}".lower()).strip("-")
