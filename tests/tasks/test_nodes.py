@@ -162,19 +162,19 @@ def test_a_node_that_is_lost_is_told_and_left_out(tmp_path: Path, mark: str, por
 @pytest.mark.long
 def test_a_machine_that_is_stopped_commits_first(prepared: dict[str, Any], tmp_path: Path, mark: str):
     """TERM to one of two machines has both commit the step that they are at; the other one goes on from it."""
-    job = tiny_job(prepared, tmp_path / "store", end_step=400, checkpoint_every=400, evaluate_every=400)
+    job = tiny_job(prepared, tmp_path / "store", end_step=100, checkpoint_every=100, evaluate_every=100)
     two = {"ranks": 1, "nodes": 2, "rendezvous": "10.213.77.1:29400", "max_restarts": 1, "min_ranks": 1}
     job = job.model_copy(update={"compute": ComputeSettings.model_validate({"device": "cpu", **two})})
     with machines() as places:
         first, other = places.values()
         helper = node(tmp_path / "store", mark, prefix=other)
         starter = Program([*first, sys.executable, str(PROGRAMS / "first_node.py"), str(write_job(job))], mark)
-        starter.wait_for("[rank 0] step 20/400", seconds=120)
+        starter.wait_for("[rank 0] step 1/100", seconds=180)
         assert helper.end() == 128 + signal.SIGTERM
-        assert starter.close(120) == 0, starter.lines
+        assert starter.close(240) == 0, starter.lines
     at, end = committed_steps(job)
-    assert (20 <= at < 400, end) == (True, 400)
-    [restart] = manifest(job, 400).lineage["restarts"]
+    assert (1 <= at < 100, end) == (True, 100)
+    [restart] = manifest(job, 100).lineage["restarts"]
     assert (restart["after_step"], restart["nodes"], restart["ranks"]) == (at, 1, 1)
     assert restart["reason"].endswith("left: it was told to stop")
 
