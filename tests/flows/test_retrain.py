@@ -353,7 +353,7 @@ def test_two_retrains_of_one_run_exclude_each_other(story: Story, tmp_path: Path
 def test_importing_the_flows_loads_no_heavy_module():
     """A fresh import of all flows loads neither torch nor what is only needed when a task runs."""
     heavy = ["torch", "transformers", "datasets", "huggingface_hub", "matplotlib", "uvicorn", "numpy"]
-    flows = "flows.convert, flows.publish, flows.retrain, flows.rollback"
+    flows = "flows.convert, flows.maintain, flows.publish, flows.retrain, flows.rollback"
     script = f"import {flows}, sys; print([name for name in {heavy} if name in sys.modules])"
     child = subprocess.run(
         [sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=120
