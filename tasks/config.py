@@ -39,6 +39,9 @@ Name = Annotated[
 Module = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*$"), expected("a module's name, such as my_package.train")]
 """A Python module, by the name that it is imported by."""
 
+Endpoint = Annotated[str, Field(pattern=r"^[\w.-]+:\d{1,5}$"), expected("host:port, such as 10.0.0.5:29400")]
+"""Where a program listens, as other machines reach it."""
+
 Repository = Annotated[
     str,
     Field(pattern=r"^([\w.-]+/[\w.-]+|[./~].*|[A-Za-z][\w+.-]*://.+)$"),
@@ -165,7 +168,7 @@ class ComputeSettings(Settings):
     """Machines to train on: this one, and others on which `python -m tasks.node STORE RUN` waits. All have the store
     at the same path."""
 
-    rendezvous: str | None = Field(default=None, pattern=r"^[\w.-]+:\d{1,5}$")
+    rendezvous: Endpoint | None = None
     """With several nodes: `host:port` at which the other machines reach this one, say `10.0.0.5:29400`. Open the port
     to them alone: torchrun trusts whoever connects."""
 
