@@ -64,7 +64,11 @@ class Stack:
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             # in memory, a server that starts again would hold every slot for ever, and end who holds one
             "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+            # 2, 4, ... 128 s apart: a flow that ends while the server is away for some minutes tells it then
+            "PREFECT_CLIENT_MAX_RETRIES": "7",
             "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_S),
+            # not a minute: a server that was down together with its flows would wait for their heartbeats no more
+            "PREFECT_SERVER_EVENTS_EXPIRED_BUCKET_BUFFER": "P7D",
         }
 
 

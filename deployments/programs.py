@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -55,6 +56,7 @@ class Program:
                 stderr=log,
                 start_new_session=True,
             )
+        threading.Thread(target=process.wait, daemon=True).start()  # else, once it ends, it is a zombie until this does
         self._pid_file.write_text(f"{process.pid}\n")
         return process.pid
 

@@ -14,7 +14,7 @@ from ckpt_core.locks import EXCLUSIVE, locked
 from deployments import local, profile
 from deployments.profile import HEARTBEAT_S, Stack
 
-CRASHED_AFTER_S = 6 * HEARTBEAT_S
+CRASHED_AFTER_S = 10 * HEARTBEAT_S
 
 
 def main(arguments: list[str]) -> int:

@@ -50,7 +50,7 @@ class Stack:
         """What the server asks for."""
         return (self.home / "login").read_text().strip()
 
-    def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    def ask(self, method: str, path: str, body: Any = None) -> Any:
         """Ask the API."""
         headers = {
             "Content-Type": "application/json",
@@ -58,10 +58,17 @@ class Stack:
         }
         data = None if body is None else json.dumps(body).encode()
         request = Request(f"http://127.0.0.1:{self.port}/api{path}", data, headers, method=method)
-        with urlopen(request, timeout=30) as answer:
-            return json.loads(answer.read() or b"null")
+        for _ in range(30):
+            try:
+                with urlopen(request, timeout=30) as answer:
+                    return json.loads(answer.read() or b"null")
+            except HTTPError as error:
+                if error.code != 503:  # SQLite was locked for too long: Prefect's own client asks again too
+                    raise
+            time.sleep(1)
+        raise AssertionError(f"{path}: unavailable for half a minute")
 
-    def post(self, path: str, body: dict[str, Any]) -> Any:
+    def post(self, path: str, body: Any) -> Any:
         """Ask the API for something that a body describes."""
         return self.ask("POST", path, body)
 
@@ -88,9 +95,9 @@ class Stack:
         found = self.post("/deployments/filter", {"flows": {"name": {"any_": [flow]}}})
         return {each["name"]: each for each in found}
 
-    def flow_run(self, flow: str, **filters: Any) -> dict[str, Any] | None:
+    def flow_run(self, flow: str) -> dict[str, Any] | None:
         """Return the newest flow run of a flow, if it has one."""
-        body = {"flows": {"name": {"any_": [flow]}}, "flow_runs": filters, "sort": "START_TIME_DESC", "limit": 1}
+        body = {"flows": {"name": {"any_": [flow]}}, "sort": "START_TIME_DESC", "limit": 1}
         return next(iter(self.post("/flow_runs/filter", body)), None)
 
 
@@ -236,6 +243,7 @@ def test_the_nightly_retrain_is_scheduled(stack: Stack):
     assert nightly["concurrency_options"]["collision_strategy"] == "CANCEL_NEW"
     assert nightly["global_concurrency_limit"]["limit"] == 1
     wait_until(lambda: nights(stack, nightly["id"]), seconds=60)
+    assert nightly["parameters"] == {"compute": {"gpu_slots": "gpu"}}
     assert all(night.partition("T")[2].startswith("02:00:00") for night in nights(stack, nightly["id"]))
 
 
@@ -317,7 +325,7 @@ def has_ended(flow_run: dict[str, Any] | None) -> bool:
 
 
 def test_commits_are_converted_once_that_is_turned_on(stack: Stack):
-    """The automation is off; turned on, an event's URL becomes the parameter of a run of its deployment."""
+    """The automation is off; turned on, the URL of a training job's last checkpoint becomes a run's parameter."""
     [automation] = [each for each in stack.post("/automations/filter", {}) if each["name"] == ON_COMMIT]
     assert not automation["enabled"]
     on_commit = stack.deployments("convert")["on-commit"]
@@ -326,12 +334,22 @@ def test_commits_are_converted_once_that_is_turned_on(stack: Stack):
     stack.ask("PATCH", f"/automations/{automation['id']}", {"enabled": True})
     time.sleep(2)  # the server's triggers look again
     url = "file:///runs/tiny/step_0000000004"
-    event = {"occurred": now(), "event": "ckpt.checkpoint.committed", "resource": {"prefect.resource.id": url}}
-    stack.post("/events", [{**event, "payload": {"url": url}, "id": str(uuid4())}])
-    wait_until(lambda: stack.flow_run("convert", deployment_id={"any_": [on_commit["id"]]}), seconds=60)
-    begun = stack.flow_run("convert", deployment_id={"any_": [on_commit["id"]]})
-    assert begun is not None
+    stack.post("/events", [committed("file:///runs/tiny/step_0000000002", "false"), committed(url, "true")])
+    own = {"flow_runs": {"deployment_id": {"any_": [on_commit["id"]]}}}
+    wait_until(lambda: stack.post("/flow_runs/filter", own), seconds=60)
+    [begun] = stack.post("/flow_runs/filter", own)
     assert begun["parameters"] == {"checkpoint": url, "export": {"dtype": "bfloat16"}}
+
+
+def committed(url: str, complete: str) -> dict[str, Any]:
+    """Return the event that a checkpoint was committed."""
+    return {
+        "id": str(uuid4()),
+        "occurred": datetime.now(UTC).isoformat(),
+        "event": "ckpt.checkpoint.committed",
+        "resource": {"prefect.resource.id": url, "ckpt.complete": complete},
+        "payload": {"url": url},
+    }
 
 
 def test_a_flow_run_that_was_killed_is_crashed(stack: Stack, lost: str):
@@ -351,8 +369,3 @@ def test_down_stops_all_of_it(stack: Stack):
 def pids(stack: Stack) -> dict[str, int]:
     """Return the process of each program, by its name."""
     return {path.stem: int(path.read_text()) for path in stack.home.glob("*.pid")}
-
-
-def now() -> str:
-    """Return the time, as an event has it."""
-    return datetime.now(UTC).isoformat()
