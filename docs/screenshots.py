@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--chromium", default="/usr/bin/chromium", help="the browser; empty means Playwright's own")
     options = parser.parse_args()
     options.images.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as directory, serving(Path(directory)) as server:
+    with tempfile.TemporaryDirectory(prefix="ckptflow-") as directory, serving(Path(directory)) as server:
         deploy(server)
         with browser(options.chromium) as page:
             camera = Camera(server, page, options.images)

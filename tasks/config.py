@@ -200,7 +200,8 @@ class ComputeSettings(Settings):
     trainer: Module = "tasks.worker"
     """The module that torchrun starts. Yours may replace it: it is given the path of a job file (JSON: store,
     run, start_step, end_step, parent, lineage, settings) and commits a checkpoint of end_step, with that lineage, to
-    that store."""
+    that store. The steps that it appends to `<store>/<run>/metrics.jsonl`, as `tasks.worker.step_log` says, are shown
+    while it runs."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -74,12 +74,12 @@ def _end(summary: Mapping[str, Any]) -> list[str]:
     lines, name = list[str](), "nothing"
     if champion is not None:
         name = champion["tag"] or champion["commit"][:12]
-        lines.append(_node("champion", [f"served before: {name}", f"held-out loss {champion['loss']:.4f}"], "{{", "}}"))
+        lines.append(_node("champion", [f"served before: {name}", f"held-out loss {champion['loss']:.4f}"], "[[", "]]"))
     if release is None:
-        kept = "champion" if champion else _node("none", ["not released"], "{{", "}}")
+        kept = "champion" if champion else _node("none", ["not released"], "[[", "]]")
         return [*lines, f'export -.->|"not released"| {kept}']
     facts = [f"release {release['tag']}", release["repo_id"], f"commit {release['commit'][:12]}"]
-    lines += [_node("release", facts, "{{", "}}"), "export ==>|published| release"]
+    lines += [_node("release", facts, "[[", "]]"), "export ==>|published| release"]
     return [*lines, "champion -.->|replaced by| release"] if champion else lines
 
 

@@ -209,7 +209,8 @@ def _check_policy(settings: PolicySettings, *, tokens: bool) -> None:
 def _told(event: str, at: Destination, release: dict[str, Any]) -> dict[str, Any]:
     """Emit an event about a release; return the release with the address that lasts."""
     lasting = {**release, "url": at.link(release)}
-    emit_event(event, resource={"prefect.resource.id": lasting["url"]}, payload=lasting)
+    resource = {"prefect.resource.id": lasting["url"], "prefect.resource.name": f"{at.where} {lasting['tag']}"}
+    emit_event(event, resource=resource, payload=lasting)
     return lasting
 
 

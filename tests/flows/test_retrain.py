@@ -199,7 +199,7 @@ def test_a_retrain_shows_its_artifacts(first: Chapter):
     assert {row["verdict"] for row in json.loads(made["export-check-tiny"].data)} == {"pass"}
     assert "model.safetensors" in made["export-tiny"].data
     assert "## Published v1" in made["release-tiny"].data
-    assert '\n  release{{"release v1<br/>local/tiny<br/>commit ' in made["lineage-tiny"].data
+    assert '\n  release[["release v1<br/>local/tiny<br/>commit ' in made["lineage-tiny"].data
 
 
 def test_the_summary_is_whole(story: Story, first: Chapter):
@@ -274,8 +274,9 @@ def test_commits_and_the_release_are_events_with_a_url(story: Story, second: dic
         (8, False), (12, False), (16, True), (18, True),
     ]  # fmt: skip
     assert committed[-1]["url"] == second["result"]["checkpoint"]
-    [released] = [event["payload"] for event in told if event["event"] == "ckpt.release.published"]
-    assert released["url"] == second["result"]["release"]["url"]
+    [released] = [event for event in told if event["event"] == "ckpt.release.published"]
+    assert released["payload"]["url"] == second["result"]["release"]["url"]
+    assert released["resource"]["prefect.resource.name"] == "local/tiny v2"
     progress = [event["payload"] for event in told if event["event"] == "ckpt.training.progress"]
     assert [(payload["url"], payload["percent"]) for payload in progress] == [(story.run.as_uri(), 100)] * 2
 

@@ -275,8 +275,8 @@ def test_a_lineage_leads_from_data_to_the_release():
         "c0 -->|weights| c1",
         'export["export, safetensors<br/>sha256:f6f6f6f6f6f6"]',
         "c1 -->|convert| export",
-        'champion{{"served before: v3<br/>held-out loss 2.7500"}}',
-        'release{{"release v4<br/>team/model<br/>commit 0123abcd"}}',
+        'champion[["served before: v3<br/>held-out loss 2.7500"]]',
+        'release[["release v4<br/>team/model<br/>commit 0123abcd"]]',
         "export ==>|published| release",
         "champion -.->|replaced by| release",
     ]
@@ -287,7 +287,7 @@ def test_a_lineage_without_a_release_ends_at_what_stayed_served():
     first = summary()["checkpoints"][0] | {"parent": None}
     told = lineage.diagram(summary(release=None, checkpoints=[first]))
     assert 'export -.->|"not released"| champion' in told
-    assert "release{{" not in told
+    assert "release[[" not in told
     assert "parent" not in told
 
 
