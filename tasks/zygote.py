@@ -13,6 +13,7 @@ there are GPUs, and a job with an environment of its own starts anew.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib
 import json
@@ -23,6 +24,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -42,6 +44,7 @@ _PYTHON_M = [sys.executable, "-u", "-m"]
 _GPUS = Path("/proc/driver/nvidia/gpus")
 _MOST_BYTES = 1 << 18
 _MOST_PIPES = 64
+_END_S = 1.0
 _OWN = ("PREFECT_", "PYTEST_")
 """Beginnings of variables that no import of a job looks at."""
 
@@ -76,6 +79,9 @@ def end() -> None:
         for zygote in _zygotes.values():
             zygote.close()
         _zygotes.clear()
+
+
+atexit.register(end)
 
 
 def _current(env: Mapping[str, str], modules: Sequence[str]) -> Zygote | None:
@@ -136,9 +142,12 @@ class Zygote:
         return made
 
     def close(self) -> None:
-        """Let it end; jobs that run do not."""
+        """Let it end: at once, or when the jobs that it has forked have ended."""
         self._channel.close()
-        threading.Thread(target=self._process.wait, daemon=True).start()
+        try:
+            self._process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            threading.Thread(target=self._process.wait, daemon=True).start()
 
 
 class ForkedReaper:
@@ -222,12 +231,15 @@ class _Server:
         while True:
             message, pipes, _, _ = socket.recv_fds(self._channel, _MOST_BYTES, _MOST_PIPES)
             if not message:
-                return None
+                break
             if self._fork() == 0:
                 self._channel.close()
                 return _reap(_Order(**json.loads(message)), *pipes)
             for fd in pipes:
                 os.close(fd)
+        while self._reapers:  # which would take its end for their caller's
+            time.sleep(_END_S / 10)
+        return None
 
     def _fork(self) -> int:
         """Fork, and know the child before it may be taken for a stray."""

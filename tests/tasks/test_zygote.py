@@ -120,6 +120,20 @@ def test_a_change_of_what_imports_look_at_makes_another(mark, start):
     assert len(marked(mark)) == 1
 
 
+def test_a_job_outlives_the_end_of_its_zygote(mark, start, tmp_path):
+    """A zygote that another one replaces ends when its last job has, and the job is not disturbed."""
+
+    def hear(line: str) -> None:
+        if line == "ready":
+            zygote.end()
+            [saver] = [pid for pid in running(mark) if parent_of(parent_of(pid)) in marked(mark)]
+            os.kill(saver, signal.SIGTERM)
+
+    run(job("saver", str(tmp_path / "state")), on_line=hear, env=environment(mark), start=start)
+    assert (tmp_path / "state").read_text() == "state"
+    wait_until(lambda: not marked(mark))
+
+
 def test_a_failing_job_is_told_as_an_executed_one(mark, start):
     """Exit codes, tracebacks and deadly signals arrive."""
     with pytest.raises(ChildFailedError, match=r"(?s)ended with exit code 1; .*KeyError: 'lost'$"):
