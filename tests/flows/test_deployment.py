@@ -369,3 +369,9 @@ def test_down_stops_all_of_it(stack: Stack):
 def pids(stack: Stack) -> dict[str, int]:
     """Return the process of each program, by its name."""
     return {path.stem: int(path.read_text()) for path in stack.home.glob("*.pid")}
+
+
+def test_the_readme_names_the_commands():
+    """What the README says to type is what these tests drive."""
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert "```sh\npython -m deployments.stack up\nprefect profile use ckptflow\n" in readme
