@@ -33,6 +33,7 @@ EVENT_EVERY_S = 60.0
 REQUEST_S = 5.0
 END_S, STOP_S = 8.0, 3.0
 """How long the end of a training waits for what is still to be shown, and how long one that was stopped."""
+STOPPED, COMPLETE, EMPTY = "stopped", "complete", "ended without its checkpoint"
 
 
 @contextmanager
@@ -48,10 +49,10 @@ def shown(job: Job, resume_step: int) -> Generator[None]:
     thread.start()
     try:
         yield
-        view.outcome = "complete"
+        view.end()
     finally:
         ended.set()
-        thread.join(END_S if view.outcome == "complete" else STOP_S)
+        thread.join(STOP_S if view.outcome == STOPPED else END_S)
         if view.missed:
             get_run_logger().warning("the UI missed %d updates of this training; the last: %s", *view.told())
 
@@ -60,7 +61,7 @@ class LiveView:
     """What is shown of one job; `run` is the thread's."""
 
     def __init__(self, job: Job, resume_step: int) -> None:
-        self.outcome = "stopped"
+        self.outcome = STOPPED
         """What is told of the job once the context has ended."""
 
         self.missed = 0
@@ -72,6 +73,10 @@ class LiveView:
         self._draw_at, self._emit_at = time.monotonic(), time.monotonic() + EVENT_EVERY_S
         self._error: Exception | None = None
 
+    def end(self) -> None:
+        """Tell that the ranks have ended well: the job is complete if its last step lies in the store."""
+        self.outcome = COMPLETE if (self._run / step_name(self._job.end_step)).is_dir() else EMPTY
+
     def told(self) -> tuple[int, str]:
         """Return how many updates were missed, and why the last one was."""
         return self.missed, f"{type(self._error).__name__}: {self._error}"
@@ -79,7 +84,7 @@ class LiveView:
     def run(self, ended: threading.Event) -> None:
         """Look every two seconds until the job has ended, and once more."""
         with self._missing():
-            self._seen.begin(self._reader.new())
+            self._seen.begin(self._reader.before())
         impatient = temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0})  # the next look is the next attempt
         with impatient, get_client(sync_client=True, httpx_settings={"timeout": REQUEST_S}) as client:
             board = Board(client)
@@ -91,6 +96,8 @@ class LiveView:
     def _look(self, board: Board, outcome: str = "") -> None:
         with self._missing():
             self._seen.add(self._reader.new())
+            if outcome == COMPLETE:  # a trainer of the user's own may have told nothing of it
+                self._seen.step = self._job.end_step
             self._tell(board, outcome)
 
     @contextmanager

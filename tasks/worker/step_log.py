@@ -69,16 +69,26 @@ class StepReader:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._inode, self._offset = 0, 0
+        status = path.stat() if path.exists() else None
+        self._first = (status.st_ino, status.st_size) if status else (0, 0)
+
+    def before(self) -> list[dict[str, Any]]:
+        """Return the lines that were there when this was made; the first look."""
+        inode, size = self._first
+        return self._read(size) if self._path.exists() and self._path.stat().st_ino == inode else []
 
     def new(self) -> list[dict[str, Any]]:
         """Return the whole lines since the last look; all of them where the file was replaced. None are no objects."""
+        return self._read()
+
+    def _read(self, size: int = -1) -> list[dict[str, Any]]:
         try:
             with self._path.open("rb") as file:
                 status = os.fstat(file.fileno())
                 if status.st_ino != self._inode or status.st_size < self._offset:
                     self._inode, self._offset = status.st_ino, 0
                 file.seek(self._offset)
-                data = file.read()
+                data = file.read(size)
         except FileNotFoundError:
             return []
         whole = data[: data.rfind(b"\n") + 1]

@@ -129,6 +129,18 @@ def test_a_reader_takes_only_what_is_new_and_whole(tmp_path: Path):
     assert reader.new() == []
 
 
+def test_a_reader_tells_what_was_there_before_it(tmp_path: Path):
+    """What was added since it was made is new, however late the first look; a replaced record is all new."""
+    path = tmp_path / FILE_NAME
+    append(path, {"step": 1})
+    reader, late = StepReader(path), StepReader(path)
+    append(path, {"step": 2})
+    assert (reader.before(), reader.new()) == ([{"step": 1}], [{"step": 2}])
+    append(tmp_path / "new", {"step": 3})
+    (tmp_path / "new").replace(path)
+    assert (late.before(), late.new()) == ([], [{"step": 3}])
+
+
 def test_a_reader_begins_anew_with_a_record_that_was_replaced(tmp_path: Path):
     """Ranks that start again replace the file, and may leave it longer than what was read."""
     path = tmp_path / FILE_NAME
@@ -217,6 +229,7 @@ def test_one_progress_artifact_is_updated_when_something_is_new(tmp_path: Path, 
         append(record, *lines(101, 150))
         until(lambda: len(server.created) == 2)
         append(record, *lines(151, 200))
+        (tmp_path / "tiny" / step_name(200)).mkdir()
     progress, curve = server.created
     assert (progress.type, progress.key, progress.data) == ("progress", "progress-tiny-warm-up", 0)
     changes = [(change.data, change.description.split(", ")) for change in server.changes("progress")]
@@ -241,6 +254,23 @@ def test_a_training_that_fails_is_shown_as_stopped(tmp_path: Path, view: Any):
     with pytest.raises(RuntimeError, match="a rank failed"):
         fail()
     assert server.changes("progress")[-1].description == "step 120 of 200, loss 6.800, 4.0k tokens/s, stopped"
+
+
+@pytest.mark.parametrize(
+    ("committed", "shown"),
+    [(True, (100, "step 200 of 200, complete")), (False, (0, "step 100 of 200, ended without its checkpoint"))],
+)
+def test_a_trainer_that_tells_nothing_is_shown_by_what_it_committed(
+    tmp_path: Path, view: Any, committed: bool, shown: tuple[float, str]
+):
+    """It is complete once its last step lies in the store, and not because it ended."""
+    server = Server()
+    with view(job(tmp_path), server):
+        until(lambda: len(server.created) == 1)
+        if committed:
+            (tmp_path / "tiny" / step_name(200)).mkdir(parents=True)
+    [last] = server.changes("progress")
+    assert (last.data, last.description) == shown
 
 
 def test_each_checkpoint_in_the_middle_is_shown_once(tmp_path: Path, view: Any):
