@@ -74,7 +74,8 @@ def checkpoint(url: str) -> Card:
 def training(run: str, seen: JobProgress, outcome: str) -> Card:
     """Return how far a training job is, and its loss curve so far."""
     line = seen.line(outcome)
-    curve = loss_curve([*seen.train.points, [seen.step, seen.loss]], seen.heldout.points) if seen.loss is not None else ""
+    train = [] if seen.loss is None else [*seen.train.points, [seen.step, seen.loss]]
+    curve = loss_curve(train, seen.heldout.points)
     text = f"## Training {seen.name} of run {run}\n\n{line}\n\n{curve}\n"
     return Card(key("training", run, seen.name), line, text)
 
