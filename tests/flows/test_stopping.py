@@ -36,7 +36,7 @@ ENDS = {
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     """A server and a worker."""
-    with told(tmp_path_factory.mktemp("stopping")) as story:
+    with told(tmp_path_factory.mktemp("stopping"), keep_checkpoints=100) as story:  # none goes: they are looked at
         yield story
 
 
