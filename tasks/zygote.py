@@ -296,9 +296,10 @@ def _tell(status: int, number: int) -> None:
 def _become_job(order: _Order, status: int, kept: Sequence[int]) -> None:
     """Leave nothing of the reaper in this process."""
     os.setpgid(0, 0)
-    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    own = {signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    for number, handler in {signal.SIGCHLD: signal.SIG_DFL, **own}.items():
+        if signal.getsignal(number) != signal.SIG_IGN:  # as a shell's background jobs ignore SIGINT
+            signal.signal(number, handler)
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     for fd in (null, status, *kept):

@@ -116,7 +116,12 @@ class LiveStack:
     def _start(self, *arguments: str, cwd: Path) -> subprocess.Popen[bytes]:
         with (self.root / f"{arguments[0]}.log").open("ab") as log:
             program = subprocess.Popen(
-                [*PREFECT, *arguments], cwd=cwd, env=self.env, stdout=log, stderr=log, start_new_session=True
+                ["env", "--default-signal=INT", *PREFECT, *arguments],  # a shell's background jobs ignore it
+                cwd=cwd,
+                env=self.env,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
         self._programs.append(program)
         return program
