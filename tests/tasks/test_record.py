@@ -138,7 +138,7 @@ def test_what_a_retrain_leaves_running_holds_its_run(tmp_path: Path):
         "    process.run(['sh', '-c', 'trap \"\" TERM; echo; sleep 1'], on_line=lambda _: os._exit(0))\n"
     )
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, timeout=60)
-    with pytest.raises(ArgumentError, match="what is left"), record.only_retrain(str(tmp_path), "default"):
+    with pytest.raises(ArgumentError, match="What is left"), record.only_retrain(str(tmp_path), "default"):
         pass
     with record.only_retrain(str(tmp_path), "default", wait_s=30):
         pass
