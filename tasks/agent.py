@@ -1,8 +1,8 @@
 """torchrun for this machine's share of a job, with a pipe for each rank's output and a report of how the job ended.
 
-Started by `tasks.torchrun`, as a file:
+Started by `tasks.torchrun`:
 
-    python -P agent.py --directory D --ranks N --run-id ID --grace-s S MODULE ARGS...
+    python -u -m tasks.agent --directory D --ranks N --run-id ID --grace-s S MODULE ARGS...
 
 D holds a FIFO for each rank of this machine, `rank_0` and so on, for its standard output and error. The agent writes
 
@@ -11,7 +11,7 @@ D holds a FIFO for each rank of this machine, `rank_0` and so on, for its standa
                     -9}, ...]}`; when they were stopped for what happened elsewhere: `{"ended": "why"}`
 
 Of several nodes (`--nodes`), the one that hosts the rendezvous is given `--host`; `--endpoint` is where it is for all,
-and `--address` is this node's own, as the others see it.
+and `--address` is this node's own, as the others see it. With `--fork` the ranks are forks of this process.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, Signa
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from tasks.forked_rank import fork_ranks
 from tasks.rendezvous import BACKEND, EndedElsewhereError, close_all
 
 
@@ -63,6 +64,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--address")
     parser.add_argument("--wait-s", type=float, default=600.0)
     parser.add_argument("--host", action="store_true")
+    parser.add_argument("--fork", action="store_true")
     parser.add_argument("module")
     parser.add_argument("args", nargs=argparse.REMAINDER)
     return parser.parse_args(arguments)
@@ -102,6 +104,8 @@ def main() -> None:
     """Launch; end with 1 when ranks failed or had to stop, and by the signal that stopped this process."""
     options = parse(sys.argv[1:])
     report = options.directory / "report.json"
+    if options.fork:
+        fork_ranks(options.ranks)
     try:
         launch(options)
     except ChildFailedError as error:

@@ -14,8 +14,6 @@ from tasks import zygote
 from tasks.child import run_json
 from tasks.process import ChildFailedError
 
-_QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}
-
 
 def log_line() -> Callable[[str], None]:
     """Return a function that puts a line of output into the log of the task run."""
@@ -40,8 +38,8 @@ def run_job(
     """
     known = (token or os.environ.get("HF_TOKEN") or "").strip()  # as the client sends it
     log, arguments = log_line(), [name, json.dumps(request)]
-    environment = {**_quiet(), **(env or {}), **({"HF_TOKEN": known} if known else {})}
-    start = partial(zygote.fork_module, env=_quiet()) if env is None and token is None else None
+    environment = {**zygote.quiet(), **(env or {}), **({"HF_TOKEN": known} if known else {})}
+    start = partial(zygote.fork_module, env=zygote.quiet()) if env is None and token is None else None
     try:
         return run_json(
             "tasks.jobs", arguments, on_line=lambda line: log(_hide(known, line)), env=environment, start=start
@@ -53,8 +51,3 @@ def run_job(
 
 def _hide(token: str, text: str) -> str:
     return text.replace(token, "<token>") if token else text
-
-
-def _quiet() -> dict[str, str]:
-    """Return what silences libraries; tqdm's bars, which a log cannot redraw, unless the user has set it otherwise."""
-    return {**_QUIET, "TQDM_DISABLE": os.environ.get("TQDM_DISABLE", "1")}

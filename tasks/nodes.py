@@ -17,6 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +26,7 @@ from pydantic import Field, ValidationError
 from ckpt_core import durable
 from ckpt_core.errors import CkptError
 from ckpt_core.store import local_path
+from tasks import zygote
 from tasks.config import Job, Settings
 from tasks.process import ChildFailedError
 from tasks.torchrun import Meeting, RankFailure, RanksFailedError, run_torchrun, tell
@@ -91,7 +93,7 @@ def run_once(job: Job, on_line: Callable[[str], None]) -> None:
 
 def _run_share(job: Job, on_line: Callable[[str], None], *, call: str | None = None, host: bool = True) -> None:
     """Run this machine's ranks of a job, with those of other nodes where there is a call."""
-    compute = job.compute
+    compute, quiet = job.compute, zygote.quiet()
     meeting = None
     if call is not None:
         assert compute.rendezvous is not None
@@ -105,8 +107,10 @@ def _run_share(job: Job, on_line: Callable[[str], None], *, call: str | None = N
             ranks=compute.ranks,
             on_line=on_line,
             grace_s=compute.grace_seconds,
+            env=quiet,
             run_id=call,
             meeting=meeting,
+            start=partial(zygote.fork_module, env=quiet) if zygote.is_possible() else None,
         )
 
 

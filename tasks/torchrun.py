@@ -19,9 +19,8 @@ from typing import Any
 from ckpt_core.errors import ArgumentError
 from tasks.addresses import address_towards, socket_variables
 from tasks.lines import Lines
-from tasks.process import GRACE_S, TAIL_LINES, ChildFailedError, how_it_ended, last_lines, supervise
+from tasks.process import GRACE_S, TAIL_LINES, ChildFailedError, Start, how_it_ended, last_lines, supervise
 
-AGENT = Path(__file__).with_name("agent.py")
 RANKS_SHOWN = 3
 STOPPED = (-SIGTERM, 128 + SIGTERM)  # how a rank ends that torchrun stopped because another one had failed
 
@@ -91,6 +90,7 @@ def run_torchrun(
     run_id: str | None = None,
     tail_lines: int = TAIL_LINES,
     meeting: Meeting | None = None,
+    start: Start | None = None,
 ) -> None:
     """Run `python -m module args...` in `ranks` processes under torchrun; stop and fail as `tasks.process.run` does.
 
@@ -98,6 +98,8 @@ def run_torchrun(
     TORCHELASTIC_RUN_ID, by default a fresh one. OMP_NUM_THREADS is 1 unless it is set: the number of threads changes
     the sums on a CPU. With a `meeting` these are this node's of a job on several nodes, which give the same `run_id`;
     gloo and NCCL then use the network interface that leads to the host, unless the environment names another.
+
+    `start` starts torchrun in another way than by executing it; its ranks are forks of it then.
 
     When a rank fails torchrun sends the others SIGTERM and, after the grace, SIGKILL; those on other nodes, too.
     `RanksFailedError` names the ranks that failed by themselves, with each one's exit code or signal and last lines.
@@ -109,12 +111,14 @@ def run_torchrun(
     with TemporaryDirectory(prefix="ckptflow-") as name, _Ranks(Path(name), ranks, on_line, tail_lines).pipes() as here:
         options = {"--directory": name, "--ranks": ranks, "--run-id": job, "--grace-s": grace_s}
         met, network = _meet(meeting)
+        forks = ["--fork"] if start else []
         code = supervise(
-            [sys.executable, "-P", str(AGENT), *_flat(options), *met, module, *args],
+            [sys.executable, "-u", "-m", "tasks.agent", *_flat(options), *met, *forks, module, *args],
             output=output,
             streams=here.streams,
             env={"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), **network, **(env or {})},
             grace_s=grace_s,
+            start=start,
         )
         report = here.report()
         failures = here.failures(report)

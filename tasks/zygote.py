@@ -18,7 +18,6 @@ import gc
 import importlib
 import json
 import os
-import runpy
 import signal
 import socket
 import subprocess
@@ -33,11 +32,18 @@ from typing import TYPE_CHECKING
 
 from tasks import reaper
 from tasks.held import held
+from tasks.main_module import run_as_main
 
 if TYPE_CHECKING:
     from tasks.process import Reaper, Surroundings
 
-PRELOADED = ("torch.distributed", "transformers.modeling_utils", "transformers.models.auto.modeling_auto")
+PRELOADED = (
+    "torch.distributed.launcher.api",
+    "transformers.modeling_utils",
+    "transformers.models.auto.modeling_auto",
+    "pydantic.main",
+    "tokenizers",
+)
 """What costs the seconds."""
 
 _PYTHON_M = [sys.executable, "-u", "-m"]
@@ -48,9 +54,21 @@ _END_S = 1.0
 _OWN = ("PREFECT_", "PYTEST_")
 """Beginnings of variables that no import of a job looks at."""
 
+_QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}
+
 _lock = threading.Lock()
 _zygotes: dict[str, Zygote] = {}
 """The one of this process, by the surroundings that it was started in."""
+
+
+def quiet() -> dict[str, str]:
+    """Return what silences libraries; tqdm's bars, which a log cannot redraw, unless the user has set it otherwise."""
+    return {**_QUIET, "TQDM_DISABLE": os.environ.get("TQDM_DISABLE", "1")}
+
+
+def is_possible() -> bool:
+    """Return whether there may be one on this machine."""
+    return sys.platform == "linux" and not _GPUS.exists()
 
 
 def fork_module(
@@ -86,7 +104,7 @@ atexit.register(end)
 
 def _current(env: Mapping[str, str], modules: Sequence[str]) -> Zygote | None:
     """Return this process's zygote, if it may have one: a new one where what its imports looked at has changed."""
-    if sys.platform != "linux" or _GPUS.exists():
+    if not is_possible():
         return None
     full = {**os.environ, **env}
     looked_at = {name: value for name, value in full.items() if not name.startswith(_OWN)}
@@ -315,8 +333,7 @@ def main() -> None:
     gc.freeze()  # a collection would touch, and so copy, every page that is shared
     job = _Server(channel).serve()
     if job is not None:
-        sys.argv = job
-        runpy.run_module(job[0], run_name="__main__", alter_sys=True)
+        run_as_main(job)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -27,7 +28,6 @@ MARK = "CKPTFLOW_LIVE_STACK"
 FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 BUSY = object()
 UNFINISHED = ["PENDING", "RUNNING", "CANCELLING"]
-_TRAINER = "-m slow_trainer"
 _LOOK_S = 0.1
 
 
@@ -216,7 +216,8 @@ class LiveStack:
 
     def ranks(self, run: str) -> list[int]:
         """Return the training ranks of a flow run, by their numbers."""
-        return sorted(pid for pid, line in self.processes(run).items() if _TRAINER in line and "agent.py" not in line)
+        names = {pid: _name(pid) for pid in self.processes(run)}
+        return sorted((pid for pid, name in names.items() if re.fullmatch(r"rank \d+", name)), key=names.__getitem__)
 
 
 def wait_until(reached: Callable[[], Any], *, seconds: float, told: Callable[[], str] = lambda: "") -> None:
@@ -254,6 +255,13 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(item) for item in value]
     return value.model_dump() if hasattr(value, "model_dump") else value
+
+
+def _name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
 
 
 def _session(pid: int) -> int | None:

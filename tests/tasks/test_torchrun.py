@@ -8,13 +8,15 @@ import signal
 import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
-from programs.probe import MARK, PROGRAMS, marked, pid_of, wait_until, wait_until_gone
+from programs.probe import MARK, PROGRAMS, marked, wait_until, wait_until_gone
 
 from ckpt_core.errors import ArgumentError
-from tasks.process import ChildFailedError
+from tasks import zygote
+from tasks.process import ChildFailedError, Start
 from tasks.torchrun import RankFailure, RanksFailedError, run_torchrun
 
 
@@ -25,7 +27,7 @@ class Job(threading.Thread):
         super().__init__()
         self.lines: list[str] = []
         self.error: BaseException | None = None
-        env = {MARK: mark, "PYTHONPATH": str(PROGRAMS)}
+        env = environment(mark)
         self._call = lambda: run_torchrun(module, args, ranks=2, on_line=self.lines.append, env=env, **options)
         self.start()
 
@@ -54,6 +56,29 @@ class Job(threading.Thread):
         return str(self.error)
 
 
+def environment(mark: str) -> dict[str, str]:
+    """Return what a test adds to the environment."""
+    return {MARK: mark, "PYTHONPATH": str(PROGRAMS)}
+
+
+@pytest.fixture(params=["executed", "forked"])
+def start(request: pytest.FixtureRequest, mark: str) -> Start | None:
+    """How torchrun is started, and its ranks by it: executed, or as forks of a process that has imported torch."""
+    if request.param == "executed":
+        return None
+    return partial(zygote.fork_module, env=environment(mark), modules=["torch.distributed.launcher.api"])
+
+
+def left(mark: str) -> dict[int, str]:
+    """Return what is left of a job."""
+    return {pid: line for pid, line in marked(mark).items() if "zygote" not in line or parent(pid) != os.getpid()}
+
+
+def parent(pid: int) -> int:
+    """Return a process's parent."""
+    return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
+
+
 @pytest.fixture
 def mark(request, tmp_path, monkeypatch):
     """A name that all descendants of a test carry; no process and no temporary file is left after it."""
@@ -61,23 +86,26 @@ def mark(request, tmp_path, monkeypatch):
     (tmp_path / "tmp").mkdir()
     name = f"{request.node.name}-{os.getpid()}-{time.monotonic_ns()}"
     yield name
+    zygote.end()
     wait_until_gone(name, seconds=15)
     assert not list((tmp_path / "tmp").iterdir())
 
 
-def test_two_jobs_at_once_do_not_meet(mark):
-    """Concurrent jobs find ports of their own, and each sums over its own ranks."""
-    jobs = [Job(mark, "gloo") for _ in range(2)]
+def test_two_jobs_at_once_do_not_meet(mark, start, monkeypatch):
+    """Concurrent jobs find ports of their own, and each sums over its own ranks, of one thread each."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    jobs = [Job(mark, "gloo", start=start) for _ in range(2)]
     for job in jobs:
         job.join(120)
         assert job.error is None
-        assert sorted(line for line in job.lines if "sum" in line) == ["[rank 0] sum 3.0", "[rank 1] sum 3.0"]
+        sums = sorted(line for line in job.lines if "sum" in line)
+        assert sums == ["[rank 0] sum 3.0, 1 thread", "[rank 1] sum 3.0, 1 thread"]
 
 
-def test_a_good_job_prints_its_ranks_lines_and_no_noise(mark, tmp_path, monkeypatch):
+def test_a_good_job_prints_its_ranks_lines_and_no_noise(mark, start, tmp_path, monkeypatch):
     """Each line is whole and names its rank; one thread a rank unless the environment says otherwise."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    job = Job(mark, "rank", "end", str(tmp_path), run_id="the-run")
+    job = Job(mark, "rank", "end", str(tmp_path), run_id="the-run", start=start)
     job.join(60)
     assert job.error is None
     assert sorted(job.pids()) == [0, 1]
@@ -85,12 +113,14 @@ def test_a_good_job_prints_its_ranks_lines_and_no_noise(mark, tmp_path, monkeypa
     assert sorted(rest) == [f"[rank {rank}] threads 1 run the-run" for rank in range(2)]
 
 
-def test_a_rank_that_raises_is_named_with_its_traceback(mark, tmp_path):
+def test_a_rank_that_raises_is_named_with_its_traceback(mark, start, tmp_path):
     """The error shows the failing rank's last lines, not the other one's, which had time to save."""
-    job = Job(mark, "rank", "raise", str(tmp_path))
+    job = Job(mark, "rank", "raise", str(tmp_path), start=start)
     message = job.failure()
     assert message.startswith("rank: rank 1 of 2 ended with exit code 1; its last lines:\n")
-    assert message.endswith("\nValueError: no such batch: 7")
+    assert "forked_rank" not in message
+    frame = r"\n  File .*rank.py\", line \d+, in <module>"
+    assert re.search(frame + r".*\n.*\nValueError: no such batch: 7$", message)
     assert "rank 0" not in message
     error = pickle.loads(pickle.dumps(job.error))  # as results of tasks are
     assert isinstance(error, RanksFailedError)
@@ -98,9 +128,9 @@ def test_a_rank_that_raises_is_named_with_its_traceback(mark, tmp_path):
     assert not error.failures[0].died
 
 
-def test_a_rank_that_is_killed_is_named_with_its_signal(mark, tmp_path):
+def test_a_rank_that_is_killed_is_named_with_its_signal(mark, start, tmp_path):
     """SIGKILL to one rank ends the job; the others save, and the error names rank, signal and its last lines."""
-    job = Job(mark, "rank", "wait", str(tmp_path))
+    job = Job(mark, "rank", "wait", str(tmp_path), start=start)
     os.kill(job.wait_for_ranks()[1], signal.SIGKILL)
     message = job.failure()
     assert message.startswith("rank: rank 1 of 2 was ended by SIGKILL")
@@ -108,21 +138,20 @@ def test_a_rank_that_is_killed_is_named_with_its_signal(mark, tmp_path):
     assert (tmp_path / "saved_0").exists()
 
 
-def test_a_killed_torchrun_takes_its_ranks_along(mark, tmp_path):
+def test_a_killed_torchrun_takes_its_ranks_along(mark, start, tmp_path):
     """SIGKILL to torchrun itself ends its ranks, which save first, and is an error with what they printed last."""
-    job = Job(mark, "rank", "wait", str(tmp_path))
-    job.wait_for_ranks()
-    os.kill(pid_of(mark, r"-P \S+agent.py"), signal.SIGKILL)
+    job = Job(mark, "rank", "wait", str(tmp_path), start=start)
+    os.kill(parent(job.wait_for_ranks()[0]), signal.SIGKILL)
     message = job.failure()
     assert message.startswith("torchrun of rank was ended by SIGKILL")
     assert "[rank 0] saving" in message
     assert {path.name for path in tmp_path.iterdir()} >= {"saved_0", "saved_1"}
-    assert not marked(mark)
+    assert not left(mark)
 
 
-def test_a_cancelled_job_saves_and_ends(mark, tmp_path):
+def test_a_cancelled_job_saves_and_ends(mark, start, tmp_path):
     """Cancellation gives each rank the grace to save; one that ignores SIGTERM is killed after it."""
-    job = Job(mark, "rank", "deaf", str(tmp_path), grace_s=5)
+    job = Job(mark, "rank", "deaf", str(tmp_path), grace_s=5, start=start)
     job.wait_for_ranks()
     assert ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_long(job.ident or 0), ctypes.py_object(SystemExit)) == 1
     job.join(60)
@@ -130,7 +159,7 @@ def test_a_cancelled_job_saves_and_ends(mark, tmp_path):
     assert "[rank 0] saving" in job.lines
     assert (tmp_path / "saved_0").exists()
     assert not (tmp_path / "saved_1").exists()
-    assert not marked(mark)
+    assert not left(mark)
 
 
 def test_no_rank_is_an_error():

@@ -1,4 +1,4 @@
-"""A rank that sums its number over all ranks."""
+"""A rank that sums its number over all ranks, and counts its threads."""
 
 import torch
 import torch.distributed as dist
@@ -6,5 +6,5 @@ import torch.distributed as dist
 dist.init_process_group("gloo")
 total = torch.tensor(float(dist.get_rank() + 1))
 dist.all_reduce(total)
-print(f"sum {total.item()}", flush=True)
+print(f"sum {total.item()}, {torch.get_num_threads()} thread", flush=True)
 dist.destroy_process_group()
