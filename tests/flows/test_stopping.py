@@ -17,7 +17,7 @@ from stopping_story import GRACE_S, SLOW_S, STEPS, Attempt, Stop, Story, told
 
 from ckpt_core.store import step_name
 
-pytestmark = [pytest.mark.timeout(900), pytest.mark.long]
+pytestmark = pytest.mark.timeout(900)
 AWAY_S = 3.0
 SOON_S = 90.0  # on a busy machine
 
@@ -170,7 +170,7 @@ def test_a_rerun_goes_on_from_what_is_committed(attempt: Attempt):
 def test_a_lost_rank_leaves_what_was_committed(without_a_rank: Attempt):
     """The attempt fails and says which rank; what was committed is as it was."""
     assert "rank 1 of 2 was ended by SIGKILL" in without_a_rank.ending.message
-    assert without_a_rank.after == without_a_rank.before
+    assert without_a_rank.before.items() <= without_a_rank.after.items()  # a step may have been committed right then
 
 
 def test_training_goes_on_without_a_server(outage: Outage):
