@@ -4,6 +4,9 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 PIP_OPTIONS := --quiet --disable-pip-version-check --no-compile
 
+# Tests start hundreds of processes: none should compile what another one has.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: run install test lint types imports pytest long bench clean
 
 run: install

@@ -47,7 +47,7 @@ class LiveStack:
             "PREFECT_HOME": str(root / "home"),
             "PREFECT_SERVER_UI_ENABLED": "false",
             "PREFECT_SERVER_DEPLOYMENTS_CONCURRENCY_SLOT_WAIT_SECONDS": "3",
-            "PREFECT_WORKER_QUERY_SECONDS": "1",
+            "PREFECT_WORKER_QUERY_SECONDS": "2",
             "NO_COLOR": "1",
             **settings,
         }
