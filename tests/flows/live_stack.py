@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from migrated import copy_database
 from prefect.workers.process import ProcessWorker
 from small_retrain import PROGRAMS, REPOSITORY
 from tenacity import retry, retry_if_result, stop_after_attempt, wait_fixed
@@ -57,6 +58,7 @@ class LiveStack:
 
     def __enter__(self) -> LiveStack:
         (self.root / "tmp").mkdir()
+        copy_database(self.root / "home" / "prefect.db", self.root.parent)
         self.start_server()
         template = ProcessWorker.get_default_base_job_template()
         self.post("/work_pools/", {"name": POOL, "type": "process", "base_job_template": template})

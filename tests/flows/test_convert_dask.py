@@ -58,6 +58,7 @@ def test_several_files_are_written_by_a_cluster(cluster: LocalCluster, checkpoin
     assert file_digests(elsewhere) == file_digests(target)
 
 
+@pytest.mark.long
 def test_several_files_are_written_to_a_bucket(
     cluster: LocalCluster,
     bucket: str,  # noqa: F811 - the fixture

@@ -10,6 +10,8 @@ from day_campaign import FAULTS, Day, kept, left_behind, live_through, losses
 from live_stack import wait_until
 from stopping_story import Story, told
 
+from tasks.config import HubSettings
+
 pytestmark = pytest.mark.timeout(7200)
 STEPS = 12
 KEEP = 3
@@ -34,7 +36,9 @@ class Lived:
 )
 def lived(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lived]:
     """A day; its figures are printed."""
-    with told(tmp_path_factory.mktemp("day"), steps=STEPS, keep_checkpoints=KEEP) as story:
+    root = tmp_path_factory.mktemp("day")
+    hub = HubSettings(repo_id=str(root / "releases"))
+    with told(root, steps=STEPS, keep_checkpoints=KEEP, hub=hub) as story:
         day = live_through(story, **request.param)
         print("\n" + day.table())
         yield Lived(story, day)

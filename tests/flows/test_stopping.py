@@ -17,7 +17,7 @@ from stopping_story import GRACE_S, SLOW_S, STEPS, Attempt, Stop, Story, told
 
 from ckpt_core.store import step_name
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.long]
 AWAY_S = 3.0
 SOON_S = 90.0  # on a busy machine
 

@@ -49,7 +49,7 @@ def test_chaos(address, tmp_path, capsys, ranks, crashed, long):
         "--ranks": ranks,
         "--crash-rank": crashed,
         "--modes": "before,torn,term",
-        "--max-points": 10**6 if long else 12 if ranks == 1 else 9,
+        "--max-points": 10**6 if long else 9 if ranks == 1 else 7,
         "--jobs": 2,
         "--checkpoint-glob": "{out}/tiny/step_*",
         "--step-regex": r"step (\d+)/",  # of the first line: a step after the one that was restored, or itself

@@ -77,7 +77,7 @@ def campaign(server, uninterrupted, directory, *, ranks, kills):
     )
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_killed_and_resumed_is_bit_identical(server, uninterrupted, tmp_path, ranks):
     """Killed three times at drawn moments and started again, training ends with the same bits and the same records."""
     assert campaign(server, uninterrupted, tmp_path, ranks=ranks, kills=3).kills == 3

@@ -18,7 +18,7 @@ def prepared(tmp_path_factory):
     return prepare_tiny(tmp_path_factory.mktemp("data"))
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_torchrun(prepared, tmp_path, monkeypatch, ranks):
     """Under torchrun a job trains, commits its checkpoints, shows its progress and warns of nothing."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # torchrun warns when it has to choose
