@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MARK = "CKPTFLOW_STACK_PROGRAM"
-_INTERRUPTIBLE = ("env", "--default-signal=INT")
+INTERRUPTIBLE = ("env", "--default-signal=INT")
 """What a script starts in the background ignores SIGINT, by which a worker stops itself when it is sent SIGTERM."""
 _TICK_S = 0.2
 _TAIL_BYTES = 4000
@@ -50,7 +50,7 @@ class Program:
         """Start it in a directory, and return its process."""
         with self.log.open("ab") as log:
             process = subprocess.Popen(
-                [*_INTERRUPTIBLE, *self.command],
+                [*INTERRUPTIBLE, *self.command],
                 cwd=directory,
                 env={**environment, MARK: self._mark},
                 stdin=subprocess.DEVNULL,

@@ -314,8 +314,8 @@ def _tell(status: int, number: int) -> None:
 def _become_job(order: _Order, status: int, kept: Sequence[int]) -> None:
     """Leave nothing of the reaper in this process."""
     os.setpgid(0, 0)
-    own = {signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
-    for number, handler in {signal.SIGCHLD: signal.SIG_DFL, **own}.items():
+    default = dict.fromkeys((signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP), signal.SIG_DFL)
+    for number, handler in {**default, signal.SIGINT: signal.default_int_handler}.items():
         if signal.getsignal(number) != signal.SIG_IGN:  # as a shell's background jobs ignore SIGINT
             signal.signal(number, handler)
     null = os.open(os.devnull, os.O_RDONLY)

@@ -21,6 +21,7 @@ from small_retrain import PROGRAMS, REPOSITORY
 from tenacity import retry, retry_if_result, stop_after_attempt, wait_fixed
 
 from deployments.profile import Stack
+from deployments.programs import INTERRUPTIBLE
 
 PREFECT = [sys.executable, "-m", "prefect"]
 POOL = "live"
@@ -118,7 +119,7 @@ class LiveStack:
     def _start(self, *arguments: str, cwd: Path) -> subprocess.Popen[bytes]:
         with (self.root / f"{arguments[0]}.log").open("ab") as log:
             program = subprocess.Popen(
-                ["env", "--default-signal=INT", *PREFECT, *arguments],  # a shell's background jobs ignore it
+                [*INTERRUPTIBLE, *PREFECT, *arguments],
                 cwd=cwd,
                 env=self.env,
                 stdout=log,

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from programs.probe import MARK, PROGRAMS, marked, wait_until, wait_until_gone
+from programs.probe import MARK, PROGRAMS, marked, parent_of, wait_until, wait_until_gone
 
 from ckpt_core.errors import ArgumentError
 from tasks import zygote
@@ -71,12 +71,7 @@ def start(request: pytest.FixtureRequest, mark: str) -> Start | None:
 
 def left(mark: str) -> dict[int, str]:
     """Return what is left of a job."""
-    return {pid: line for pid, line in marked(mark).items() if "zygote" not in line or parent(pid) != os.getpid()}
-
-
-def parent(pid: int) -> int:
-    """Return a process's parent."""
-    return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
+    return {pid: line for pid, line in marked(mark).items() if "zygote" not in line or parent_of(pid) != os.getpid()}
 
 
 @pytest.fixture
@@ -141,7 +136,7 @@ def test_a_rank_that_is_killed_is_named_with_its_signal(mark, start, tmp_path):
 def test_a_killed_torchrun_takes_its_ranks_along(mark, start, tmp_path):
     """SIGKILL to torchrun itself ends its ranks, which save first, and is an error with what they printed last."""
     job = Job(mark, "rank", "wait", str(tmp_path), start=start)
-    os.kill(parent(job.wait_for_ranks()[0]), signal.SIGKILL)
+    os.kill(parent_of(job.wait_for_ranks()[0]), signal.SIGKILL)
     message = job.failure()
     assert message.startswith("torchrun of rank was ended by SIGKILL")
     assert "[rank 0] saving" in message

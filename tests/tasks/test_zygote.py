@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from programs.probe import MARK, PROGRAMS, marked, wait_until, wait_until_gone
+from programs.probe import MARK, PROGRAMS, marked, parent_of, wait_until, wait_until_gone
 
 from tasks import zygote
 from tasks.held import held_open
@@ -56,14 +56,6 @@ def running(mark: str) -> dict[int, str]:
     found = marked(mark)
     parents = {pid: parent_of(pid) for pid in found}
     return {pid: line for pid, line in found.items() if parents[pid] != os.getpid()}
-
-
-def parent_of(pid: int) -> int:
-    """Return the parent's process id, 0 where there is none any more."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
-    except OSError:
-        return 0
 
 
 def run_lines(command: Sequence[str], start: Start, mark: str, **options) -> list[str]:

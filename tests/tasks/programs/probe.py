@@ -26,6 +26,14 @@ def marked(mark: str) -> dict[int, str]:
     return found
 
 
+def parent_of(pid: int) -> int:
+    """The parent's process id; 0 where there is none any more."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
+    except OSError:
+        return 0
+
+
 def pid_of(mark: str, program: str) -> int:
     """The one marked Python that runs `program`, options before it and all, once there is one."""
     pattern = re.compile(rf"\S+ {program} .*")
