@@ -6,7 +6,12 @@ flows, tasks and training ranks can all read it.
 
 from __future__ import annotations
 
+import ast
+import inspect
+import sys
 from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator, model_validator
@@ -53,7 +58,21 @@ Repository = Annotated[
 class Settings(BaseModel):
     """A group of settings: frozen, and an unknown key is an error that names it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        """Describe each field by the text below it; `use_attribute_docstrings` would look at every imported module."""
+        for field, below in pairwise(_classes(cls.__module__)[cls.__name__].body):
+            match field, below:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    cls.__pydantic_fields__[name].description = inspect.cleandoc(text)
+
+
+@cache
+def _classes(module: str) -> dict[str, ast.ClassDef]:
+    source = ast.parse(inspect.getsource(sys.modules[module]))
+    return {found.name: found for found in source.body if isinstance(found, ast.ClassDef)}
 
 
 class DataSettings(Settings):

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
-from migrated import copy_database
-from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, PREFECT_HOME, temporary_settings
-from prefect.testing.utilities import prefect_test_harness
 from small_retrain import TINY, commit_tiny, tiny_data, write_text
+from temporary_server import temporary_server
 
 from tasks.worker.prepare import prepare
 
@@ -29,15 +26,9 @@ def homes(tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture(scope="session")
 def prefect_home(homes: Path, tmp_path_factory: pytest.TempPathFactory):
     """The home of the temporary server that every flow of this process reports to."""
-    own = {PREFECT_HOME: homes / "prefect", PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
-    database = homes / "database"
-    copy_database(database / "prefect-test.db", tmp_path_factory.getbasetemp())
-    with (
-        temporary_settings(own),
-        patch("prefect.testing.utilities.mkdtemp", lambda: str(database)),
-        prefect_test_harness(server_startup_timeout=180),
-    ):
-        yield homes / "prefect"
+    base = tmp_path_factory.getbasetemp()
+    with temporary_server(homes, base, PREFECT_FLOWS_HEARTBEAT_FREQUENCY=None) as home:
+        yield home
 
 
 @pytest.fixture(scope="session")

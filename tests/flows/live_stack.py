@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from migrated import copy_database
 from prefect.workers.process import ProcessWorker
 from small_retrain import PROGRAMS, REPOSITORY
+from temporary_server import copy_database
 from tenacity import retry, retry_if_result, stop_after_attempt, wait_fixed
 
 from deployments.profile import Stack

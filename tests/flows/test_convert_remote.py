@@ -1,4 +1,4 @@
-"""The convert flow with a checkpoint and an export in a bucket; files are written by processes."""
+"""The convert flow with a checkpoint and an export in a bucket; files are written by a process."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from prefect.settings import PREFECT_TASKS_RUNNER_PROCESS_POOL_MAX_WORKERS, temporary_settings
 from small_bucket import bucket, contents  # noqa: F401 - a fixture
 from small_convert import SMALL_FILES, converting, task_names
 from small_retrain import tiny_model
@@ -21,9 +22,10 @@ SEVERAL = ExportSettings(max_shard_megabytes=SMALL_FILES)
 
 
 def test_a_checkpoint_in_a_bucket_becomes_an_export_there(bucket: str, tmp_path: Path, tokenizer: str):  # noqa: F811 - the fixture
-    """Validated, written by processes, and checked; it lies beside the run's steps, and the next run finds it."""
+    """Validated, written by a process, and checked; it lies beside the run's steps, and the next run finds it."""
     step = PyTorchCheckpoint(tiny_model(tokenizer)).save(f"{bucket}/store", run="tiny", step=4, assets=tokenizer)
-    state = convert(str(step.url), export=SEVERAL, return_state=True)
+    with temporary_settings({PREFECT_TASKS_RUNNER_PROCESS_POOL_MAX_WORKERS: 1}):
+        state = convert(str(step.url), export=SEVERAL, return_state=True)
     result = state.result()
     assert result["export"] == f"{bucket}/store/tiny/exports/step_0000000004"
     assert all(check["passed"] for check in result["checks"])

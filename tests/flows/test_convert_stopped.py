@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from prefect.settings import PREFECT_API_URL
+from prefect.settings import PREFECT_API_URL, PREFECT_TASKS_RUNNER_PROCESS_POOL_MAX_WORKERS, temporary_settings
 from small_convert import SMALL_FILES, converting, identities, weights
 from small_retrain import PROGRAMS, REPOSITORY
 
@@ -44,7 +44,8 @@ def test_a_stopped_flow_leaves_no_process(checkpoint: Path, tmp_path: Path, how:
     done = [work / "export" / record.name for record in (work / "done").iterdir()]
     assert 0 < len(done) < planned
     before = identities(done)
-    converting(str(checkpoint), str(target), ExportSettings(max_shard_megabytes=SMALL_FILES))
+    with temporary_settings({PREFECT_TASKS_RUNNER_PROCESS_POOL_MAX_WORKERS: 1}):
+        converting(str(checkpoint), str(target), ExportSettings(max_shard_megabytes=SMALL_FILES))
     after = identities(weights(target))
     assert len(after) == planned
     assert {name: after[name] for name in before} == before
@@ -56,7 +57,7 @@ def environment() -> dict[str, str]:
     path = os.pathsep.join([str(REPOSITORY), str(Path(__file__).parent)])
     url = PREFECT_API_URL.value()
     assert url
-    one = {"PREFECT_TASKS_RUNNER_PROCESS_POOL_MAX_WORKERS": "1"}
+    one = {PREFECT_TASKS_RUNNER_PROCESS_POOL_MAX_WORKERS.name: "1"}
     return {**os.environ, **one, "PYTHONPATH": path, "PREFECT_API_URL": url}
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -66,6 +67,7 @@ def _serve() -> None:
     import tasks.worker.loop
     import tasks.worker.place  # noqa: F401
 
+    gc.freeze()  # a collection would touch, and so copy, every page that is shared
     for line in sys.stdin:
         sys.stdout.write(json.dumps(_run(**json.loads(line))) + "\n")
         sys.stdout.flush()

@@ -86,6 +86,7 @@ def mark(request, tmp_path, monkeypatch):
     assert not list((tmp_path / "tmp").iterdir())
 
 
+@pytest.mark.parametrize("start", [pytest.param("executed", marks=pytest.mark.long), "forked"], indirect=True)
 def test_two_jobs_at_once_do_not_meet(mark, start, monkeypatch):
     """Concurrent jobs find ports of their own, and each sums over its own ranks, of one thread each."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
