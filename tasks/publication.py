@@ -117,16 +117,12 @@ def compare(
         trust_remote_code: whether a model may bring code of its own.
 
     Returns:
-        See `tasks.release_jobs.compare`.
+        What `tasks.release_jobs.compare` does; and as `untrained` what `evaluate_untrained` does, or None.
     """
-    request = {
-        "export": export,
-        "data": data,
-        "untrained": untrained,
-        "policy": settings.policy.model_dump(),
-        "trust_remote_code": trust_remote_code,
-    }
-    return _run("compare", at, request)
+    common = {"data": data, "trust_remote_code": trust_remote_code}
+    found = _run("compare", at, {**common, "export": export, "policy": settings.policy.model_dump()})
+    # Not at the destination: pretrained weights come from where training took them.
+    return {**found, "untrained": run_job("evaluate_untrained", {**common, **untrained}) if untrained else None}
 
 
 @task(task_run_name="stage at {at.address}", persist_result=False)

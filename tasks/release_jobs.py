@@ -19,18 +19,16 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 
 def compare(request: Request) -> dict[str, Any]:
-    """Evaluate an export, what is served, and an untrained model if one is named, on the same data; then decide.
+    """Evaluate an export and what is served on the same data; then decide.
 
     Args:
         request: `export`; `where` and `endpoint` of the target; `data` (token rows or text); `policy`, the fields of
-            `tasks.config.PolicySettings`; `untrained`: null, or its `model` (settings), `tokenizer` and `seed`;
-            `trust_remote_code`.
+            `tasks.config.PolicySettings`; `trust_remote_code`.
 
     Returns:
-        `challenger`, `champion` and `untrained`: figures by metric, each null where it was not measured; `served`: the
-        fields of `ckpt_core.hub.Release`, or null; `same`: whether that is the export, and then there is no
-        `challenger`, `champion` or `decision`; `decision`: the fields of `ckpt_core.policy.Decision`; `data`: a
-        fingerprint, or null.
+        `challenger` and `champion`: figures by metric, each null where it was not measured; `served`: the fields of
+        `ckpt_core.hub.Release`, or null; `same`: whether that is the export, and then there is no `challenger`,
+        `champion` or `decision`; `decision`: the fields of `ckpt_core.policy.Decision`; `data`: a fingerprint, or null.
     """
     from ckpt_core.hub.comparison import compare as compare_with_served
 
@@ -46,9 +44,27 @@ def compare(request: Request) -> dict[str, Any]:
         **found.figures,
         "served": asdict(found.served) if found.served else None,
         "same": found.same,
-        "untrained": _untrained(request),
         "data": found.challenger.fingerprint if found.challenger else None,
     }
+
+
+def evaluate_untrained(request: Request) -> dict[str, Any]:
+    """Return the figures that a model had before any training, by metric, each null where it is not finite.
+
+    Args:
+        request: its `model` (settings), `tokenizer` and `seed`; `data` (token rows or text); `trust_remote_code`.
+    """
+    import torch
+
+    from ckpt_core.evaluation import evaluate
+    from tasks.worker.model import build_model
+    from tasks.worker.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(request["tokenizer"], trust_remote_code=request["trust_remote_code"])
+    model = build_model(ModelSettings.model_validate(request["model"]), tokenizer, seed=request["seed"])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    figures = evaluate(model.to(device), request["data"], tokenizer=tokenizer).metrics
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 
 def stage(request: Request) -> dict[str, Any]:
@@ -118,7 +134,7 @@ def roll_back(request: Request) -> dict[str, Any]:
     return asdict(hub.roll_back(request["where"], request["to"], endpoint=request["endpoint"]))
 
 
-JOBS = (compare, stage, promote, discard, roll_back)
+JOBS = (compare, evaluate_untrained, stage, promote, discard, roll_back)
 
 
 def _policy(request: Request) -> Policy:
@@ -128,24 +144,6 @@ def _policy(request: Request) -> Policy:
     settings = request["policy"]
     policy = policy_for(request["data"], settings["metric"], settings["margin"])
     return replace(policy, direction=settings["direction"] or policy.direction)
-
-
-def _untrained(request: Request) -> dict[str, Any] | None:
-    """Return what the model reached before any training, if the request names it; null for what is not finite."""
-    named = request["untrained"]
-    if named is None:
-        return None
-    import torch
-
-    from ckpt_core.evaluation import evaluate
-    from tasks.worker.model import build_model
-    from tasks.worker.tokenizer import load_tokenizer
-
-    tokenizer = load_tokenizer(named["tokenizer"], trust_remote_code=request["trust_remote_code"])
-    model = build_model(ModelSettings.model_validate(named["model"]), tokenizer, seed=named["seed"])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    figures = evaluate(model.to(device), request["data"], tokenizer=tokenizer).metrics
-    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 
 def _progress() -> Callable[[int, int], None]:

@@ -89,9 +89,12 @@ class Instantly:
         return {"checks": [{"name": "logits", "passed": True, "detail": "bit for bit"}]}
 
     def _compare(self, _: Mapping[str, Any]) -> dict[str, Any]:
-        figures = {"challenger": {"heldout_loss": 1.0}, "champion": None, "untrained": {"heldout_loss": 3.0}}
+        figures = {"challenger": {"heldout_loss": 1.0}, "champion": None}
         decision = {"promote": True, "reason": "the first", "metric": "heldout_loss", "challenger": 1.0}
         return {**figures, "decision": {**decision, "champion": None}, "served": None, "same": False, "data": None}
+
+    def _evaluate_untrained(self, _: Mapping[str, Any]) -> dict[str, Any]:
+        return {"heldout_loss": 3.0}
 
     def _stage(self, request: Mapping[str, Any]) -> dict[str, Any]:
         return {"where": request["where"], "name": "0" * 16, "commit": "1", "parent": ""}

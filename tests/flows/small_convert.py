@@ -12,8 +12,8 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from tasks.config import ExportSettings
 from tasks.conversion import convert_checkpoint
 
-SMALL_FILES = 0.005
-"""Largest size of a file, in megabytes, that makes a dozen files of the tiny model."""
+SMALL_FILES = 0.02
+"""Largest size of a file, in megabytes, that makes half a dozen files of the tiny model."""
 
 
 @flow

@@ -66,7 +66,7 @@ def test_a_damaged_checkpoint_is_refused_with_reasons(checkpoint: Path):
 
 def test_several_files_are_written_by_processes(checkpoint: Path, tmp_path: Path):
     """Each file is a task run; together they hold what the checkpoint does, and they are found again."""
-    settings, target = ExportSettings(max_shard_megabytes=SMALL_FILES, dtype="bfloat16"), tmp_path / "export"
+    settings, target = ExportSettings(max_shard_megabytes=SMALL_FILES / 2, dtype="bfloat16"), tmp_path / "export"
     state = converting(str(checkpoint), str(target), settings, return_state=True)
     assert state.is_completed(), state.message
     files = weights(target)

@@ -53,7 +53,9 @@ def test_several_files_are_written_by_a_cluster(cluster: LocalCluster, checkpoin
     with cluster.get_client() as client:
         assert client.run(lambda: "ckpt_core.export.work" in sys.modules).keys() == client.nthreads().keys()
         assert all(client.run(lambda: "ckpt_core.export.work" in sys.modules).values())
-    elsewhere = convert_checkpoint(open_checkpoint(checkpoint), tmp_path / "elsewhere", max_shard_bytes=5000).path
+    elsewhere = convert_checkpoint(
+        open_checkpoint(checkpoint), tmp_path / "elsewhere", max_shard_bytes=int(SMALL_FILES * 1e6)
+    ).path
     assert file_digests(elsewhere) == file_digests(target)
 
 
@@ -67,7 +69,7 @@ def test_several_files_are_written_to_a_bucket(
     """The workers send each file by themselves, and what lies in the bucket is what processes make on a disk."""
     state = converting(str(checkpoint), f"{bucket}/dask/export", on_dask(cluster), return_state=True)
     assert state.is_completed(), state.message
-    local = convert_checkpoint(open_checkpoint(checkpoint), tmp_path / "export", max_shard_bytes=5000)
+    local = convert_checkpoint(open_checkpoint(checkpoint), tmp_path / "export", max_shard_bytes=int(SMALL_FILES * 1e6))
     assert contents(f"{bucket}/dask/export") == contents(str(local.path))
     written = {f"write {file.name}": "Completed" for file in weights(tmp_path / "export")}
     assert len(written) > 4

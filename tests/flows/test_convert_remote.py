@@ -29,7 +29,9 @@ def test_a_checkpoint_in_a_bucket_becomes_an_export_there(bucket: str, tmp_path:
     result = state.result()
     assert result["export"] == f"{bucket}/store/tiny/exports/step_0000000004"
     assert all(check["passed"] for check in result["checks"])
-    local = convert_checkpoint(open_checkpoint(str(step.url)), tmp_path / "export", max_shard_bytes=5000)
+    local = convert_checkpoint(
+        open_checkpoint(str(step.url)), tmp_path / "export", max_shard_bytes=int(SMALL_FILES * 1e6)
+    )
     assert contents(result["export"]) == contents(str(local.path))
     written = [name for name in task_names(state.state_details.flow_run_id) if name.startswith("write ")]
     assert len(written) == len(list(local.path.glob("*.safetensors"))) > 4

@@ -69,7 +69,6 @@ class Place:
             "export": export,
             "data": self.prepared["heldout_tokens"],
             "policy": POLICY,
-            "untrained": None,
             "trust_remote_code": False,
         }
         return release_jobs.compare(request | self.target | changes)
@@ -133,13 +132,13 @@ def test_what_is_no_number_never_wins(place: Place, exports: Callable[[float], s
     assert "cannot win" in compared["decision"]["reason"]
 
 
-def test_the_untrained_model_is_measured_beside_them(place: Place, exports: Callable[[float], str]):
-    """On request, with the same metrics and data."""
+def test_the_untrained_model_is_measured_as_they_are(place: Place, exports: Callable[[float], str]):
+    """It has the same metrics on the same data; knowing nothing, it guesses evenly."""
     untrained = {"model": TINY.model_dump(), "tokenizer": place.prepared["tokenizer"], "seed": 3}
-    compared = place.compare(exports(5.0), untrained=untrained)
-    assert compared["untrained"]["heldout_loss"] == pytest.approx(math.log(TINY.architecture["vocab_size"]), abs=0.5)
-    assert compared["untrained"].keys() == compared["challenger"].keys()
-    assert place.compare(exports(5.0))["untrained"] is None
+    common = {"data": place.prepared["heldout_tokens"], "trust_remote_code": False}
+    figures = release_jobs.evaluate_untrained(untrained | common)
+    assert figures["heldout_loss"] == pytest.approx(math.log(TINY.architecture["vocab_size"]), abs=0.5)
+    assert figures.keys() == place.compare(exports(5.0))["challenger"].keys()
 
 
 def test_a_candidate_is_not_served_before_it_is_promoted(place: Place, exports: Callable[[float], str], tmp_path: Path):
