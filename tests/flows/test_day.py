@@ -30,7 +30,7 @@ class Lived:
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param({"retrains": 5, "faults": 3, "seed": 13}, id="short", marks=pytest.mark.long),
+        pytest.param({"retrains": 5, "faults": 3, "seed": 13}, id="short"),
         pytest.param({"retrains": 30, "faults": 18, "seed": 2}, id="long", marks=pytest.mark.long),
     ],
 )

@@ -9,6 +9,7 @@ Each line of standard input is a request in JSON, and each answer one line of JS
 - `["every", STORE]`: the same of all steps.
 """
 
+import gc
 import json
 import os
 import sys
@@ -98,6 +99,7 @@ def main() -> None:
         (Path(directory) / "assets").mkdir()
         fault_state.save(Path(directory) / "store", 1)
         fault_state.newest(Path(directory) / "store")
+    gc.freeze()  # a collection would touch, and so copy, every page that is shared
     print("ready", flush=True)
     for line in sys.stdin:
         request, *arguments = json.loads(line)

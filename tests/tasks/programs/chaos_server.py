@@ -10,6 +10,7 @@ client goes away is killed. The server ends when its standard input does.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import runpy
@@ -88,6 +89,7 @@ def main(address: str) -> None:
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen()
+    gc.freeze()  # a collection would touch, and so copy, every page that is shared
     print("ready", flush=True)
     waiting = selectors.DefaultSelector()
     waiting.register(listener, selectors.EVENT_READ)
