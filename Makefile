@@ -7,6 +7,9 @@ PIP_OPTIONS := --quiet --disable-pip-version-check --no-compile
 # Tests start hundreds of processes: none should compile what another one has.
 unexport PYTHONDONTWRITEBYTECODE
 
+# Types are checked in one thread, while tests begin.
+MAKEFLAGS += --jobs=2
+
 .PHONY: run install test lint types imports pytest long bench clean
 
 run: install
@@ -36,10 +39,10 @@ types: install
 imports: install
 	$(BIN)/lint-imports --no-logo
 
-# Three files of tests at a time, in their order: much of a test's time is the start of one process after another. The
+# Four files of tests at a time, in their order: much of a test's time is the start of one process after another. The
 # generated cases are the same in every run; the long form draws new ones.
 pytest: install
-	$(BIN)/pytest -m "not long" --hypothesis-profile ci --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -m "not long" --hypothesis-profile ci --numprocesses 4 --dist loadfile --no-loadscope-reorder
 
 long: install
 	$(BIN)/pytest -m "long or hypothesis"

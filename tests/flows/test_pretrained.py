@@ -26,6 +26,7 @@ def comparing(at: Destination, export: str, data: str, untrained: dict[str, Any]
     return compare(at, HubSettings(repo_id=at.where, endpoint=at.endpoint), export, data, untrained)
 
 
+@pytest.mark.long
 def test_pretrained_weights_come_from_the_hub_they_are_on(
     tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
 ):
