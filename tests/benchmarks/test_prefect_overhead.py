@@ -104,23 +104,20 @@ class Instantly:
         return {**named, "files": 3, "bytes": 1, "created": True, "replaced": ()}
 
 
-@flow
-def empty() -> None:
-    """Nothing."""
-
-
 def test_a_retrain_without_its_work(
     server: None, race: Any, benchmark: Any, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A retrain whose training, conversion and publication take no time, against a flow that does nothing."""
-    instantly, seconds, bare, tasks = Instantly(trained), list[float](), list[float](), list[int]()
+    """A retrain whose training, conversion and publication take no time; the tasks' time is from the first to the last.
+
+    Prefect itself takes a second to end any flow, which runs beside the tasks.
+    """
+    instantly, seconds, each, tasks = Instantly(trained), list[float](), list[float](), list[int]()
     monkeypatch.setattr(training, "run_ranks", instantly.train)
     monkeypatch.setattr(launch, "run_json", instantly.run_json)
 
     def measure() -> None:
         root = tmp_path / str(len(seconds))
         with temporary_settings({PREFECT_LOCAL_STORAGE_PATH: root / "results"}):
-            bare.append(timed(empty))
             began = time.perf_counter()
             step = TrainingStep(steps=1, batch_size=2)
             state = retrain(
@@ -132,16 +129,17 @@ def test_a_retrain_without_its_work(
             )
             seconds.append(time.perf_counter() - began)
         assert state.is_completed(), state.message
-        tasks.append(count_tasks(state.state_details.flow_run_id))
+        runs = task_runs(state.state_details.flow_run_id)
+        span = max(run.end_time for run in runs) - min(run.start_time for run in runs)
+        each.append(1000 * span.total_seconds() / len(runs))
+        tasks.append(len(runs))
 
     benchmark.pedantic(measure, rounds=race.rounds)
-    whole, base = statistics.median(seconds), statistics.median(bare)
-    each = 1000 * (whole - base) / tasks[0]
-    detail = f"{whole:.2f} s, {base:.2f} s"
+    whole, one = statistics.median(seconds), statistics.median(each)
     goal, good = f"under {MOST_SECONDS} s", whole < MOST_SECONDS
-    race.note("retrain without its work", "seconds", whole, goal, good=good, detail=detail)
-    goal, good = f"under {MOST_MS} ms", each < MOST_MS
-    race.note(f"each of its {tasks[0]} tasks", "ms beyond an empty flow", each, goal, good=good, detail=detail)
+    race.note("retrain without its work", "seconds", whole, goal, good=good, detail=f"{whole:.2f} s")
+    goal, good = f"under {MOST_MS} ms", one < MOST_MS
+    race.note(f"each of its {tasks[0]} tasks", "ms", one, goal, good=good, detail=f"{one:.0f} ms")
 
 
 def timed(function: Any, *arguments: Any, **options: Any) -> float:
@@ -151,8 +149,8 @@ def timed(function: Any, *arguments: Any, **options: Any) -> float:
     return time.perf_counter() - began
 
 
-def count_tasks(flow_run_id: Any) -> int:
-    """Return how many task runs a flow run had, as the server has them a moment later."""
+def task_runs(flow_run_id: Any) -> list[Any]:
+    """Return the task runs of a flow run, as the server has them a moment later."""
     from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
     chosen = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id]))
@@ -160,7 +158,7 @@ def count_tasks(flow_run_id: Any) -> int:
         for _ in range(60):
             runs = client.read_task_runs(flow_run_filter=chosen)
             if runs and all(run.state and run.state.is_final() for run in runs):
-                return len(runs)
+                return runs
             time.sleep(0.5)
     raise AssertionError(f"task runs of {flow_run_id} are not all there: {runs}")
 
