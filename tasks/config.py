@@ -63,7 +63,8 @@ class Settings(BaseModel):
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
         """Describe each field by the text below it; `use_attribute_docstrings` would look at every imported module."""
-        for field, below in pairwise(_classes(cls.__module__)[cls.__name__].body):
+        definition = _classes(cls.__module__).get(cls.__name__)
+        for field, below in pairwise(definition.body if definition else ()):
             match field, below:
                 case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
                     cls.__pydantic_fields__[name].description = inspect.cleandoc(text)
@@ -71,8 +72,11 @@ class Settings(BaseModel):
 
 @cache
 def _classes(module: str) -> dict[str, ast.ClassDef]:
-    source = ast.parse(inspect.getsource(sys.modules[module]))
-    return {found.name: found for found in source.body if isinstance(found, ast.ClassDef)}
+    try:
+        source = inspect.getsource(sys.modules[module])
+    except (OSError, TypeError):  # it has none, as an interactive session
+        return {}
+    return {found.name: found for found in ast.parse(source).body if isinstance(found, ast.ClassDef)}
 
 
 class DataSettings(Settings):

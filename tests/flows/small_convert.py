@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.settings import PREFECT_TASKS_RUNNER_PROCESS_POOL_MAX_WORKERS, temporary_settings
 
 from tasks.config import ExportSettings
 from tasks.conversion import convert_checkpoint
 
 SMALL_FILES = 0.02
 """Largest size of a file, in megabytes, that makes half a dozen files of the tiny model."""
+
+
+def one_process() -> AbstractContextManager[Any]:
+    """Have files written by one process, which imports once."""
+    return temporary_settings({PREFECT_TASKS_RUNNER_PROCESS_POOL_MAX_WORKERS: 1})
 
 
 @flow

@@ -10,9 +10,8 @@ from threading import Thread
 
 import pytest
 import torch
-from prefect.settings import PREFECT_TASKS_RUNNER_PROCESS_POOL_MAX_WORKERS, temporary_settings
 from safetensors.torch import load_file
-from small_convert import SMALL_FILES, converting, identities, task_names, weights
+from small_convert import SMALL_FILES, converting, identities, one_process, task_names, weights
 from small_retrain import artifacts_of, file_digests, tiny_model
 
 from ckpt_core import PyTorchCheckpoint
@@ -91,7 +90,7 @@ def test_a_rerun_after_a_killed_process_keeps_finished_files(checkpoint: Path, t
     """The flow run fails and says what to do, nothing has the target's name, and the next one writes the rest."""
     settings, target = ExportSettings(max_shard_megabytes=SMALL_FILES), tmp_path / "export"
     work = tmp_path / ".converting-export"
-    with temporary_settings({PREFECT_TASKS_RUNNER_PROCESS_POOL_MAX_WORKERS: 1}):
+    with one_process():
         killer = Thread(target=kill_after_one_file, args=[work])
         killer.start()
         state = converting(str(checkpoint), str(target), settings, return_state=True)

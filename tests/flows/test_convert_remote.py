@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from prefect.settings import PREFECT_TASKS_RUNNER_PROCESS_POOL_MAX_WORKERS, temporary_settings
 from small_bucket import bucket, contents  # noqa: F401 - a fixture
-from small_convert import SMALL_FILES, converting, task_names
+from small_convert import SMALL_FILES, converting, one_process, task_names
 from small_retrain import tiny_model
 
 from ckpt_core import PyTorchCheckpoint
@@ -24,7 +23,7 @@ SEVERAL = ExportSettings(max_shard_megabytes=SMALL_FILES)
 def test_a_checkpoint_in_a_bucket_becomes_an_export_there(bucket: str, tmp_path: Path, tokenizer: str):  # noqa: F811 - the fixture
     """Validated, written by a process, and checked; it lies beside the run's steps, and the next run finds it."""
     step = PyTorchCheckpoint(tiny_model(tokenizer)).save(f"{bucket}/store", run="tiny", step=4, assets=tokenizer)
-    with temporary_settings({PREFECT_TASKS_RUNNER_PROCESS_POOL_MAX_WORKERS: 1}):
+    with one_process():
         state = convert(str(step.url), export=SEVERAL, return_state=True)
     result = state.result()
     assert result["export"] == f"{bucket}/store/tiny/exports/step_0000000004"

@@ -11,8 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from prefect.settings import PREFECT_API_URL, PREFECT_TASKS_RUNNER_PROCESS_POOL_MAX_WORKERS, temporary_settings
-from small_convert import SMALL_FILES, converting, identities, weights
+from prefect.settings import PREFECT_API_URL, PREFECT_TASKS_RUNNER_PROCESS_POOL_MAX_WORKERS
+from small_convert import SMALL_FILES, converting, identities, one_process, weights
 from small_retrain import PROGRAMS, REPOSITORY
 
 from tasks.config import ExportSettings
@@ -44,7 +44,7 @@ def test_a_stopped_flow_leaves_no_process(checkpoint: Path, tmp_path: Path, how:
     done = [work / "export" / record.name for record in (work / "done").iterdir()]
     assert 0 < len(done) < planned
     before = identities(done)
-    with temporary_settings({PREFECT_TASKS_RUNNER_PROCESS_POOL_MAX_WORKERS: 1}):
+    with one_process():
         converting(str(checkpoint), str(target), ExportSettings(max_shard_megabytes=SMALL_FILES))
     after = identities(weights(target))
     assert len(after) == planned
