@@ -28,7 +28,9 @@ _PART_BYTES = 16 << 20
 NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 """How a file system says that it has no links, or not that many."""
 
-_HERE, _NO_REPLACE = -100, 1  # AT_FDCWD and RENAME_NOREPLACE of Linux
+_HERE, _NO_REPLACE, _EXCHANGE = -100, 1, 2  # AT_FDCWD, RENAME_NOREPLACE and RENAME_EXCHANGE of Linux
+_NO_EXCHANGE = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
+"""How a file system says that it cannot exchange two names: NFS and Lustre, for example."""
 
 
 def file_system(place: UPath) -> Any:
@@ -236,6 +238,23 @@ def rename_new(source: Path, target: Path) -> None:
         ) from error
 
 
+def exchange(first: Path, second: Path) -> bool:
+    """Exchange what two names stand for, in one step and durably; False where the file system cannot do that.
+
+    Raises:
+        FileNotFoundError: one of the two does not exist.
+    """
+    try:
+        _renameat2(first, second, _EXCHANGE)
+    except OSError as error:
+        if error.errno in _NO_EXCHANGE:
+            return False
+        raise
+    sync_directory(second.parent)
+    sync_directory(first.parent)
+    return True
+
+
 def link_new(source: Path, target: Path) -> bool:
     """Link a file durably to a name that none may have; False where the file system has no links, or not that many.
 
@@ -264,16 +283,22 @@ def create_whole(target: Path, data: bytes, apart: Path) -> None:
     write_new(apart, data)
     try:
         if not link_new(apart, target):
-            _rename_file_new(apart, target)
+            _renameat2(apart, target, _NO_REPLACE)
             sync_directory(target.parent)
     finally:
         apart.unlink(missing_ok=True)
 
 
-def _rename_file_new(source: Path, target: Path) -> None:
-    """Rename a file to a name that none may have, in one call of Linux that Python does not offer."""
+def _renameat2(source: Path, target: Path, flags: int) -> None:
+    """Rename in one call of Linux that Python does not offer.
+
+    Raises:
+        OSError: it failed, with ENOSYS where the C library does not have it.
+    """
     library = ctypes.CDLL(None, use_errno=True)
-    if library.renameat2(_HERE, os.fsencode(source), _HERE, os.fsencode(target), _NO_REPLACE):
+    if not hasattr(library, "renameat2"):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(target))
+    if library.renameat2(_HERE, os.fsencode(source), _HERE, os.fsencode(target), flags):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), str(target))
 

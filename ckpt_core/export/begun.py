@@ -28,6 +28,12 @@ class Begun:
     given_up: bool = False
     """Whether its files are being deleted."""
 
+    apart: bool = False
+    """Whether its files go to its own directory first, as the target holds something that is to be replaced."""
+
+    replacing: str = ""
+    """The sha256 of the export's record, once the export is complete and being copied from there to the target."""
+
     @property
     def key(self) -> str:
         """The same for equal plans."""
@@ -35,7 +41,7 @@ class Begun:
 
     @property
     def files(self) -> set[str]:
-        """Names of the files that it puts to the target, but for the export's record."""
+        """Names of the export's files, but for its record."""
         return {*self.plan["shards"], *self.plan["files"]}
 
 

@@ -100,7 +100,7 @@ def import_hf(
     identities = {file: identity_of(weights.place / file) for file in weights.files}
     intake = plan_intake(weights, assets.config, dtype=dtype, table=table)
     root = target.with_name(f".importing-{target.name}")
-    with scratch.held(root), disk_errors(target):
+    with scratch.held(root, target), disk_errors(target):
         check_free(target, overwrite=overwrite)  # now that nobody else is at it
         try:
             scratch.clear(root)
@@ -112,7 +112,7 @@ def import_hf(
             chunks = writing.write_all(jobs, workers or count_workers(remote=not isinstance(weights.place, Path)))
             write_metadata(made, {name: chunks[name] for name in intake.names}, MODEL_KEY)
             _check_unchanged(weights, identities)
-            give_name(made, target, root, overwrite=overwrite)
+            give_name(made, target, overwrite=overwrite)
         finally:
             scratch.remove(root)
     return Import(target, intake.architecture, len(intake.names), intake.nbytes, intake.rules)

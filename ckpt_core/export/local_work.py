@@ -33,7 +33,7 @@ class LocalWork(Work):
 
     def held(self) -> AbstractContextManager[None]:
         """Keep others from converting to the same place meanwhile."""
-        return scratch.held(self.root)
+        return scratch.held(self.root, self._directory)
 
     def shared(self) -> AbstractContextManager[None]:
         """Keep the conversion from being given up while a file is written."""
@@ -96,7 +96,10 @@ class LocalWork(Work):
         made = self.root / "export"
         durable.replace(self.root / record[0], record[1])
         (self.root / record[0]).replace(made / record[0])
-        give_name(made, self._directory, self.root, overwrite=overwrite)
+        # Without a plan nothing goes on here: after the exchange `made` is the old export, which is not to come back.
+        (self.root / PLAN_NAME).unlink()
+        durable.sync_directory(self.root)
+        give_name(made, self._directory, overwrite=overwrite)
 
     def remove(self) -> None:
         """Delete the directory of the work."""

@@ -3,7 +3,11 @@
 <target>/<file>                   each sent as a whole; `export.json`, sent last, makes them an export
 .converting-<target>/plan.json    what is to be made: equal plans go on where the last one was killed; see `begun`
 .converting-<target>/<id>/shards/, done/    as in `local_work`
+.converting-<target>/<id>/export/ the files, where the target holds an export that they are to replace
 .converting-<target>/notes/       who is at it; see `note`
+
+What is to be replaced stays until the new export is complete. Then `plan.json` says so, and the files are copied to the
+target within the store; whoever converts to the same target after a kill first completes that.
 
 Who writes leaves a note, and then reads the plan; who begins another conversion marks the plan as given up, and then
 looks for notes. Whatever the order of these four, a writer that finds the plan is found. Equal plans lead to equal
@@ -12,9 +16,10 @@ bytes, so those who follow them need not wait for each other.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -45,20 +50,30 @@ class RemoteWork(Work):
     def begin(
         self, plan: Mapping[str, Any], units: Mapping[str, bytes], files: Mapping[str, bytes], *, overwrite: bool
     ) -> None:
-        """Prepare a conversion, or find the same one as it was left; with `overwrite` the target is emptied."""
+        """Prepare a conversion, or find the same one as it was left."""
         wanted: dict[str, Any] = json.loads(json.dumps(plan))
         with noted(self.root / _NOTES, plan_key(wanted)):
             found = read_begun(self._place)
-            if found is not None and found == Begun(found.id, wanted) and not self._is_export():
+            if found is not None and found.replacing:
+                check_alone(self.root / _NOTES, plan_key(wanted))
+                self._replace(found)
+                found = None
+            if found is not None and not found.given_up and found.plan == wanted and self._owns_files(found):
                 self._mine = found
             else:
-                self._clear_for(wanted, found, all_of_it=overwrite)
-                self._begin_anew(Begun(uuid.uuid4().hex, wanted), units)
+                self._clear_for(wanted, found)
+                apart = overwrite and bool(objects.sizes_below(self._place))
+                self._begin_anew(Begun(uuid.uuid4().hex, wanted, apart=apart), units)
+            directory = self._files_of(self._current())
             for name, data in files.items():
-                objects.write(self._place / name, data)
+                objects.write(directory / name, data)
 
-    def _clear_for(self, wanted: dict[str, Any], found: Begun | None, *, all_of_it: bool) -> None:
-        """Delete what another conversion left, and with `all_of_it` all that the target holds.
+    def _owns_files(self, found: Begun) -> bool:
+        """Whether the files that a conversion wrote are still its own, and not those of an export at the target."""
+        return found.apart or not self._is_export()
+
+    def _clear_for(self, wanted: dict[str, Any], found: Begun | None) -> None:
+        """Delete what another conversion left.
 
         Raises:
             CommitError: somebody is still at another conversion.
@@ -67,7 +82,8 @@ class RemoteWork(Work):
         if found is not None:
             write_begun(self._place, replace(found, given_up=True))
             check_alone(self.root / _NOTES, plan_key(wanted))
-        self._empty_target(found.files if found else (), all_of_it=all_of_it)
+            if self._owns_files(found):
+                self._delete_files(found)
         self._delete_records(keep=(_NOTES, PLAN_NAME))
 
     def _begin_anew(self, begun: Begun, units: Mapping[str, bytes]) -> None:
@@ -102,7 +118,7 @@ class RemoteWork(Work):
 
     def _send(self, begun: Begun, name: str, note: Note, written: Callable[[int], None]) -> dict[str, Any]:
         unit = self._read(self._record(begun, "shards", name))
-        sink = _Sending(self._place / name, note)
+        sink = _Sending(self._files_of(begun) / name, note)
         try:
             record = write_unit(sink, begun.plan, unit, written)
             sink.seal()
@@ -120,30 +136,53 @@ class RemoteWork(Work):
         if found == begun:
             return
         objects.delete(self._record(begun, "done", name))
-        if (found is None or found.given_up) and not self._is_export():
-            objects.delete(self._place / name)
+        if (found is None or found.given_up) and self._owns_files(begun):
+            objects.delete(self._files_of(begun) / name)
         raise self._gone()
 
     def finish(self, record: tuple[str, bytes], *, overwrite: bool) -> None:
         """Write the export's record, and delete those of the conversion."""
         with noted(self.root / _NOTES, self._current().key):
-            self._current()  # once more: who takes over from here on sees the note
+            begun = self._current()  # once more: who takes over from here on sees the note
             if self._is_export() and not overwrite:
                 raise ExportExistsError(
                     f"{self._place}: an export appeared while its content was being written; it was left alone."
                 )
-            objects.write(self._place / record[0], record[1])
-            abort_uploads(self._place, self.plan["shards"])
-            self._delete_records()
+            objects.write(self._files_of(begun) / record[0], record[1])
+            abort_uploads(self._files_of(begun), begun.plan["shards"])
+            if begun.apart:
+                begun = replace(begun, replacing=hashlib.sha256(record[1]).hexdigest())
+                write_begun(self._place, begun)
+                self._replace(begun)
+            else:
+                self._delete_records()
+
+    def _replace(self, begun: Begun) -> None:
+        """Copy an export that is complete to the target, in place of what is there; its record goes last.
+
+        It can be done again after a stop at any point: the copies are deleted when the record is in place.
+        """
+        source, record = self._files_of(begun), self._place / EXPORT_NAME
+        if _sha256(record) != begun.replacing:
+            data = objects.read(source / EXPORT_NAME)
+            objects.delete(record)  # from here on the target is no export, rather than half of one
+            for name in sorted(begun.files):
+                objects.copy(source / name, self._place / name)
+            objects.delete_all(self._place, objects.sizes_below(self._place).keys() - begun.files)
+            objects.write(record, data)
+        self._delete_records()
 
     def remove(self) -> None:
-        """Delete what this conversion left, if it is still the one to this target."""
+        """Delete what this conversion left, if it is still the one to this target; a complete export is kept."""
         found = read_begun(self._place)
         if self._mine is None or found is None or found.id != self._mine.id:
             return
-        if not self._is_export():
+        if found.replacing:
+            self._replace(found)
+            return
+        if self._owns_files(found):
             write_begun(self._place, replace(found, given_up=True))  # a late writer deletes what it sends
-            self._empty_target(found.files)
+            self._delete_files(found)
         self._delete_records()
 
     def abandon(self) -> None:
@@ -157,11 +196,11 @@ class RemoteWork(Work):
 
     def sizes(self) -> Mapping[str, int | None]:
         """Return the size of each file that was written, in bytes."""
-        return objects.sizes_below(self._place)
+        return objects.sizes_below(self._files_of(self._current()))
 
     def _current(self) -> Begun:
         found = read_begun(self._place)
-        if found is None or found.given_up or (self._mine is not None and self._mine.id != found.id):
+        if found is None or found.given_up or found.replacing or (self._mine and self._mine.id != found.id):
             raise self._gone()
         self._mine = found
         return found
@@ -183,19 +222,25 @@ class RemoteWork(Work):
         except FileNotFoundError:
             raise self._gone() from None
 
-    def _empty_target(self, names: Iterable[str], *, all_of_it: bool = False) -> None:
-        """Delete files of the target, its record first, without which it is no export any more."""
-        if all_of_it:
-            objects.delete(self._place / EXPORT_NAME)
-            names = {*names, *objects.sizes_below(self._place)}
-        objects.delete_all(self._place, names)
-        abort_uploads(self._place, names)
+    def _files_of(self, begun: Begun) -> UPath:
+        """Return the directory that a conversion writes the export's files to."""
+        return self.root / begun.id / "export" if begun.apart else self._place
+
+    def _delete_files(self, begun: Begun) -> None:
+        """Delete the export's files that a conversion wrote, and parts of them."""
+        objects.delete_all(self._files_of(begun), begun.files)
+        abort_uploads(self._files_of(begun), begun.files)
 
     def _delete_records(self, *, keep: tuple[str, ...] = ()) -> None:
         names = objects.sizes_below(self.root)
         objects.delete_all(self.root, [name for name in names if name.partition("/")[0] not in {PLAN_NAME, *keep}])
         if PLAN_NAME not in keep:
             objects.delete(self.root / PLAN_NAME)  # last: what a kill leaves is found by it
+
+
+def _sha256(place: UPath) -> str | None:
+    """Return the digest of an object; None if there is none."""
+    return hashlib.sha256(objects.read(place)).hexdigest() if objects.exists(place) else None
 
 
 class _Sending:

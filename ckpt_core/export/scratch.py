@@ -8,14 +8,15 @@ from pathlib import Path
 
 from ckpt_core import durable
 from ckpt_core.errors import CommitError
+from ckpt_core.export.target import recover_replaced
 from ckpt_core.locks import EXCLUSIVE_NOW, SHARED, locked
 
 PLAN_NAME = "plan.json"
 
 
 @contextmanager
-def held(directory: Path) -> Generator[None]:
-    """Make the directory, and keep others from it meanwhile.
+def held(directory: Path, target: Path) -> Generator[None]:
+    """Make the directory, keep other processes from it, and recover `target` if its replacement was stopped.
 
     Raises:
         CommitError: another process has it.
@@ -24,6 +25,7 @@ def held(directory: Path) -> Generator[None]:
     with locked(directory, EXCLUSIVE_NOW) as lock:
         if lock is None:
             raise CommitError(f"{directory}: another process is converting to the same place; wait for its end.")
+        recover_replaced(target)
         yield
 
 

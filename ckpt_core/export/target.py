@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
-import uuid
+import re
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from ckpt_core.urls import Place
 
+_log = logging.getLogger(__name__)
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
@@ -68,24 +70,79 @@ def _holds_anything(target: UPath) -> bool:
     from ckpt_core.store import objects
 
     begun = read_begun(target)
-    names = objects.sizes_below(target).keys() - (begun.files if begun else ())
+    names = objects.sizes_below(target).keys() - (begun.files if begun and not begun.apart else ())
     return bool(names) or objects.exists(target)
 
 
-def give_name(made: Path, target: Path, aside: Path, *, overwrite: bool) -> None:
-    """Flush a directory that was made, and give it the name `target`; what is to be replaced is put into `aside`.
+def give_name(made: Path, target: Path, *, overwrite: bool) -> None:
+    """Flush a directory that was made, and give it the name `target`; with `overwrite` it may replace what is there.
+
+    What is replaced ends at `made`, or is deleted. Until the new directory has the name, the old content is kept.
 
     Raises:
         ExportExistsError (a FileExistsError): the name is taken.
     """
     durable.sync_tree(made)
-    if overwrite:
-        with suppress(FileNotFoundError):
-            target.rename(aside / f"replaced-{uuid.uuid4().hex}")
+    if overwrite and os.path.lexists(target):
+        with suppress(FileNotFoundError):  # another process deleted the target in this moment
+            if not durable.exchange(made, target):
+                _replace_by_two_renames(made, target)
+            return
     try:
         durable.rename_new(made, target)
     except StepExistsError:
         raise ExportExistsError(f"{target}: appeared while its content was being written; it was left alone.") from None
+
+
+def recover_replaced(target: Path) -> None:
+    """Finish or undo a replacement of `target` that was stopped between its two renames; the caller has the lock."""
+    for entry in target.parent.iterdir():
+        match = _KEPT_NAME.fullmatch(entry.name)
+        if match is None or match["name"] != target.name:
+            continue
+        if not os.path.lexists(target):
+            entry.rename(target)
+            durable.sync_directory(target.parent)
+        elif entry == _kept_path(target, target):
+            _delete(entry)
+        else:  # another process made something of that name in between: only a person knows which one is wanted
+            _log.warning("%s: what %s was before it was to be replaced; delete it if nobody needs it.", entry, target)
+
+
+def _replace_by_two_renames(made: Path, target: Path) -> None:
+    """Replace `target` where names cannot be exchanged: the old content has another name until the new one is there."""
+    kept = _kept_path(target, made)
+    target.rename(kept)
+    try:
+        durable.rename_new(made, target)
+    except StepExistsError:
+        raise ExportExistsError(
+            f"{target}: appeared while it was being replaced; it was left alone. What it was before is {kept}."
+        ) from None
+    except BaseException:
+        if not os.path.lexists(target):
+            kept.rename(target)
+        raise
+    _delete(kept)
+
+
+_KEPT_NAME = re.compile(r"\.replaced-[0-9]+-[0-9]+-(?P<name>.+)", re.DOTALL)
+
+
+def _kept_path(target: Path, new: Path) -> Path:
+    """Return where the old content of `target` is while `new` takes its name.
+
+    The inode of `new` in that name shows after a kill whether it did.
+    """
+    status = new.lstat()
+    return target.with_name(f".replaced-{status.st_dev}-{status.st_ino}-{target.name}")
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        durable.remove_tree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -79,9 +79,14 @@ def write(place: UPath, data: bytes) -> None:
     _call(place, "pipe_file", data)
 
 
+def copy(source: UPath, target: UPath) -> None:
+    """Copy an object within the store; one that exists at the target is replaced."""
+    _call(source, "cp_file", target.path)
+
+
 def move(source: UPath, target: UPath) -> None:
     """Copy an object within the store, then delete the first."""
-    _call(source, "cp_file", target.path)
+    copy(source, target)
     delete(source)
 
 

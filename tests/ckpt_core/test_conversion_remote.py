@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -402,25 +403,87 @@ class TestTaken:
             convert(llama[0], bucket / "export", assets=llama[1])
         assert contents(bucket) == {"export/notes.txt": b"mine"}
 
-    def test_overwrite_ends_the_export_first(
+    def test_overwrite_keeps_the_export_until_the_new_one_is_complete(
         self,
         tmp_path: Path,
         bucket: Any,
         llama: tuple[Path, Assets],
         s3_server: S3Server,  # noqa: F811 - the fixture
     ) -> None:
-        """With `overwrite` the record of what was there goes before anything else, and nothing of it is left."""
+        """With `overwrite` nothing at the target changes before all is written; then its record goes first."""
         target = bucket / "export"
         convert(llama[0], target, assets=llama[1], **SMALL)
         s3_server.requests.clear()
         convert(llama[0], target, assets=llama[1], overwrite=True)
-        base = f"/{bucket.path.strip('/')}/export"
-        changes = [
-            r.path for r in s3_server.requests if r.method in {"PUT", "DELETE"} and r.path.startswith(f"{base}/")
-        ]
-        assert changes[0] == f"{base}/export.json"
+        base = f"/{bucket.path.strip('/')}/"
+        changes = [r.path.removeprefix(base) for r in s3_server.requests if r.method in {"PUT", "DELETE"}]
+        first = next(i for i, path in enumerate(changes) if path.startswith("export/"))
+        assert any(path.endswith("/export/export.json") for path in changes[:first])
+        assert changes[first] == "export/export.json"
         local = convert(llama[0], tmp_path / "export", assets=llama[1])
-        assert contents(target) == contents(local.path)
+        assert contents(bucket) == {f"export/{name}": data for name, data in contents(local.path).items()}
+        assert unfinished_uploads(bucket) == []
+
+    def test_an_overwrite_that_fails_leaves_the_export(
+        self, tmp_path: Path, memory: Any, llama: tuple[Path, Assets], expected: dict[str, bytes]
+    ) -> None:
+        """A checkpoint with NaN changes nothing at the target, and leaves nothing beside it."""
+        convert(llama[0], memory / "export", assets=llama[1], **SMALL)
+        state = dict(model_of("llama").state_dict())
+        state["model.norm.weight"][0] = float("nan")
+        io.save({"model": state}, tmp_path / "dcp")
+        with pytest.raises(errors.DamagedError):
+            convert(tmp_path / "dcp", memory / "export", assets=llama[1], overwrite=True, workers=1, **SMALL)
+        assert contents(memory) == {f"export/{name}": data for name, data in expected.items()}
+
+    @pytest.mark.parametrize("then", ["the same", "another", "an error", "abandoned"])
+    def test_stopped_while_it_replaces(
+        self,
+        tmp_path: Path,
+        memory: Any,
+        llama: tuple[Path, Assets],
+        expected: dict[str, bytes],
+        monkeypatch: pytest.MonkeyPatch,
+        then: str,
+    ) -> None:
+        """Stopped before any request that changes something, the old export or the new one is complete somewhere.
+
+        Whatever comes next completes the replacement, or leaves the old one.
+        """
+        new = contents(convert(llama[0], tmp_path / "new", assets=llama[1], dtype="bfloat16").path)
+        target = memory / "export"
+        for count in range(0, 1000, 1 if then == "the same" else 5):
+            objects.delete_all(memory, objects.sizes_below(memory))
+            convert(llama[0], target, assets=llama[1], **SMALL)
+            with monkeypatch.context() as patch:
+                stopped = _stop_before(count, patch)
+                with suppress(KeyboardInterrupt):
+                    convert(llama[0], target, assets=llama[1], dtype="bfloat16", overwrite=True, workers=1)
+            for record in objects.names_in(memory / ".converting-export" / "notes"):
+                objects.delete(memory / ".converting-export" / "notes" / record)  # as if they had expired
+            if then == "the same":
+                convert(llama[0], target, assets=llama[1], dtype="bfloat16", overwrite=True)
+            elif then == "another":
+                convert(llama[0], target, assets=llama[1], dtype="float16", overwrite=True)
+            elif then == "an error":
+                with pytest.raises(errors.CkptError):
+                    convert(llama[0], target, assets=llama[1], overwrite=True, max_shard_bytes=0)
+            else:
+                abandon_conversion(target)
+            found = contents(target)
+            if then == "the same":
+                assert found == new
+            elif then == "abandoned":
+                assert found in (expected, new)
+                assert not any(name.endswith(".safetensors") for name in contents(memory / ".converting-export"))
+            elif then == "an error":
+                complete = [found, *_kept_exports(memory)]
+                assert expected in complete or new in complete
+            else:
+                assert read_export(target).files["model.safetensors"]["bytes"] < len(b"".join(expected.values()))
+            if not stopped:
+                break
+        assert count > 10
 
     def test_places_that_cannot_be(self, memory: Any, llama: tuple[Path, Assets]) -> None:
         """A target in its source, around it, in a committed step or without a name is an ArgumentError."""
@@ -499,6 +562,37 @@ class TestTogether:
         now[0] += 700
         with pytest.raises(errors.CommitError, match="Convert again"):
             mine.renew()
+
+
+def _stop_before(count: int, patch: pytest.MonkeyPatch) -> list[str]:
+    """Raise KeyboardInterrupt before a request that changes something, and before each one after it, as if killed."""
+    done, stopped = [0], list[str]()
+
+    def wrapped(name: str) -> Any:
+        real = getattr(objects, name)
+
+        def call(*arguments: Any) -> Any:
+            if done[0] >= count:
+                stopped.append(name)
+                raise KeyboardInterrupt
+            done[0] += 1
+            return real(*arguments)
+
+        return call
+
+    for name in ("write", "copy", "delete", "delete_all"):
+        patch.setattr(objects, name, wrapped(name))
+    return stopped
+
+
+def _kept_exports(memory: Any) -> list[dict[str, bytes]]:
+    """Return the files of each export that is complete beside the target, waiting to be copied there."""
+    root = memory / ".converting-export"
+    return [
+        contents(root / name / "export")
+        for name in objects.names_in(root)
+        if objects.exists(root / name / "export" / "export.json")
+    ]
 
 
 def abandoned_upload(place: Any) -> None:

@@ -583,6 +583,8 @@ def test_killed_anywhere_there_is_no_half_and_a_rerun_works(
 
     def check(place: Path) -> None:
         target = place / "export"
+        if overwrite:  # on a file system that can exchange names there is no moment without one
+            assert contents(target) in (expected, {"old": b"old"})
         assert not target.exists() or contents(target) in (expected, {"old": b"old"})
         convert(directory, target, assets=assets, overwrite=True)
         assert contents(target) == expected

@@ -15,7 +15,7 @@ import gloo_ranks
 Job = tuple[Any, ...]
 Check = Callable[[Path], object]
 
-NAMING = ("mkdir", "rename", "unlink", "unlinkat", "rmdir")
+NAMING = ("mkdir", "rename", "renameat2", "unlink", "unlinkat", "rmdir")
 """System calls that change directories. On machines without some of these, Python uses others."""
 
 if platform.machine() != "x86_64":
