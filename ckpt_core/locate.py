@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,21 @@ OTHER_COMPONENTS = (
     "optim.", "optimizer.", "optimizer_", "sched.", "scheduler.", "lr_scheduler.", "dataloader.", "train_state.",
 )  # fmt: skip
 """What the names of all that frameworks keep beside a model in one DCP directory begin with; Lightning numbers them."""
+
+_TRAINING_STATE = frozenset({
+    "amp", "callback", "data_loader", "dataloader", "epoch", "global_step", "grad_scaler", "iteration", "loop",
+    "loss_scaler", "lr_sched", "lr_scheduler", "opt", "optim", "optimizer", "rng", "sampler", "scaler", "sched",
+    "scheduler", "step", "train", "trainer", "training",
+})  # fmt: skip
+"""First parts of the names of what frameworks save with a model, without a number or `state` at their end."""
+
+_ENDING = re.compile(r"(_states?|_state_dict|s)?(_?[0-9]+)?$")
+
+
+def is_training_state(name: str) -> bool:
+    """Whether a name is that of a training's state next to a model in one DCP directory, such as its optimizer's."""
+    first = name.partition(".")[0]
+    return name.startswith(OTHER_COMPONENTS) or not {first, _ENDING.sub("", first)}.isdisjoint(_TRAINING_STATE)
 
 
 def find_dcp(path: Place) -> Place:

@@ -9,10 +9,11 @@ from typing import Any
 
 from ckpt_core.errors import MismatchError
 from ckpt_core.export.adapter import Adapter, Part
-from ckpt_core.export.architecture import Architecture, find_architecture
+from ckpt_core.export.architecture import Architecture, choose_class
 from ckpt_core.export.lora import Update
 from ckpt_core.export.names import Table
 from ckpt_core.export.plan import Output, Plan, Tie, make_plan
+from ckpt_core.export.weight_conversions import DEFAULT_FORM
 from ckpt_core.format.index import Index, TensorEntry
 
 _MATRIX_AXES = 2
@@ -55,10 +56,13 @@ def plan_merged(
     named: list[Any] = config.get("architectures") or []
     if any(str(name).startswith("PeftModel") for name in named):
         config = {name: value for name, value in config.items() if name != "architectures"}  # of the model around it
-    architecture = find_architecture(config, base, dtype)
-    plan = make_plan(base, architecture, dtype=dtype, max_shard_bytes=max_shard_bytes, table=table, where=where)
-    merge = _Merge(index, adapter, architecture, targets, plain, where)
-    return merge.applied(plan)
+
+    def match(architecture: Architecture) -> tuple[int, tuple[Architecture, Plan]]:
+        plan = make_plan(base, architecture, dtype=dtype, max_shard_bytes=max_shard_bytes, table=table, where=where)
+        return len(plan.prefix), (architecture, plan)
+
+    architecture, plan = choose_class(config, match, dtype, (DEFAULT_FORM,), where)
+    return _Merge(index, adapter, architecture, targets, plain, where).applied(plan)
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ class _Merge:
         factors = {name: self.index.tensors[name] for o in updated for name in o.sources[1:]}
         ties = tuple(Tie(self._stored(tie.source), self._stored(tie.kept)) for tie in plan.ties)
         rules = (*self._rules(updated), *plan.rules)
-        return Plan(plan.architecture, shards, ties, {**used, **factors}, rules)
+        return replace(plan, shards=shards, ties=ties, tensors={**used, **factors}, rules=rules)
 
     def _stored(self, name: str) -> str:
         return self.plain[name].stored if name in self.plain else name

@@ -13,6 +13,7 @@ from ckpt_core.export.recipe import copy_of
 from ckpt_core.format import dtypes
 from ckpt_core.format.index import Index
 
+_HEADS = frozenset({"classifier", "score"})
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 
 
@@ -50,12 +51,16 @@ def _is_saved(part: Part, adapter: Adapter) -> bool:
 
 def _check_trained(adapter: Adapter, kept: Iterable[Part], where: str) -> None:
     """Check that a module that the config says was trained as a whole is there."""
-    for name in adapter.config.trained_names:
-        if not any(f"{name}." in part.exported for part in kept):
-            raise MismatchError(
-                f"{where}: {adapter.config.where} names {name!r} in modules_to_save, but no such tensor is there; give "
-                "the config that it was trained with."
-            )
+    exported = [part.exported for part in kept]
+    missing = [name for name in adapter.config.trained_names if not any(f"{name}." in each for each in exported)]
+    # PEFT lists both names of a classifier's head for any classifier, whichever of them the model has.
+    if set(missing) < _HEADS <= set(adapter.config.trained_names):
+        return
+    for name in missing:
+        raise MismatchError(
+            f"{where}: {adapter.config.where} names {name!r} in modules_to_save, but no such tensor is there; give "
+            "the config that it was trained with."
+        )
 
 
 def _check_names_differ(outputs: Iterable[Output], where: str) -> None:

@@ -5,18 +5,19 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from ckpt_core.errors import MismatchError
 from ckpt_core.export.recipe import Recipe, copy_of
+from ckpt_core.export.weight_conversions import DEFAULT_FORM, FileForm
 from ckpt_core.format import dtypes
-from ckpt_core.format.index import Index, Shape
-
-_AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel")
+from ckpt_core.format.index import Shape
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,9 @@ class Architecture:
     dtypes: Mapping[str, str]
     """Type of each tensor where transformers loads the model in the type that was asked for."""
 
+    untrained: frozenset[str] = frozenset()
+    """Buffers, and parameters without gradients: Inf in them is a bound or a mask, and no sign of a divergence."""
+
     turned: frozenset[str] = frozenset()
     """Modules of GPT-2's kind of linear layer: their weights have the shape (inputs, outputs)."""
 
@@ -60,6 +64,9 @@ class Architecture:
             ties=ties,
             recipes={name: copy_of(name, shape) for name, shape in shapes.items()},
             padded=frozenset(shown[name] for name in self.padded if name in shown),
+            untrained=frozenset(
+                name for name, recipe in self.recipes.items() if self.untrained.issuperset(recipe.sources)
+            ),
             dtypes={**kinds, **{target: kinds[source] for target, source in ties.items()}},
         )
 
@@ -68,67 +75,112 @@ def _width(dtype: str) -> int:
     return dtypes.ITEMSIZE[dtype]
 
 
-def find_architecture(config: Mapping[str, Any], index: Index, dtype: str | None = None) -> Architecture:
-    """Return the architecture that a config names; without `architectures`, the one that the index's names fit.
+def find_architecture(
+    config: Mapping[str, Any], dtype: str | None = None, *, form: FileForm = DEFAULT_FORM
+) -> Architecture:
+    """Return the architecture that a config names.
 
     Args:
-        config: of the model, as it is stored.
-        index: what the checkpoint holds.
+        config: of the model, as it is stored, with `architectures`.
         dtype: the type to make the model in; float32 without.
+        form: the form of the file that the model was loaded from, which its export is to have.
 
     Raises:
-        MismatchError: the config is none that transformers knows, or no class fits.
+        MismatchError: the config is none that transformers knows.
     """
-    named = config.get("architectures") or []
-    if named:
-        return _describe(named_class(str(named[0])), config, dtype)
-    tried: list[str] = []
-    for auto in _AUTO_CLASSES:
-        cls = _auto_class(auto, config)
-        if cls is not None:
-            architecture = _describe(cls, config, dtype)
-            if _fits(architecture, index):
-                return architecture
-            tried.append(architecture.name)
+    return _describe(named_class(str(config["architectures"][0])), config, dtype, form)
+
+
+T = TypeVar("T")
+
+
+def choose_class(
+    config: Mapping[str, Any],
+    match: Callable[[Architecture], tuple[Any, T]],
+    dtype: str | None,
+    forms: Sequence[FileForm],
+    where: str,
+) -> T:
+    """Return what comes of the class that a config means; where it names none, of the one of its model type that fits.
+
+    Args:
+        config: of the model.
+        match: compares an architecture with what is stored, and returns how far apart their names are, and a result;
+            raises a MismatchError if they do not fit.
+        dtype: the type to make the model in; float32 without.
+        forms: of the file that the model was loaded from; the first that fits is taken.
+        where: what is stored, for errors.
+
+    Raises:
+        MismatchError: none fits, or several do, and nothing says which is meant.
+    """
+    names = class_names(config)
+    if config.get("architectures"):
+        return _matched(names[0], config, match, dtype, forms)[1]
+    fitting: list[tuple[Any, str, T]] = []
+    for name in names:
+        with suppress(MismatchError):
+            distance, result = _matched(name, config, match, dtype, forms)
+            fitting.append((distance, name, result))
+    nearest = [each for each in fitting if each[0] == min(distance for distance, *_ in fitting)]
+    if len(nearest) == 1:
+        return nearest[0][2]
+    said = f"fit {' and '.join(name for _, name, _ in nearest)} alike" if nearest else f"fit none of {', '.join(names)}"
     raise MismatchError(
-        f"config of {config.get('model_type')!r}: names no architectures, and the checkpoint's tensors fit none of "
-        f'{", ".join(tried) or "its classes"}; add "architectures" to config.json.'
+        f"{where}: the config of {config['model_type']!r} names no architectures, and the tensors {said}; add "
+        f'"architectures": ["{nearest[0][1] if nearest else "NAME"}"] to config.json, or the class that is meant.'
     )
 
 
-def _fits(architecture: Architecture, index: Index) -> bool:
-    names = [name for name in architecture.shapes if name not in architecture.ties]
-    stored = list(index.tensors)
-    return all(any(s == name or s.endswith("." + name) for s in stored) for name in names) and any(
-        s.endswith(names[-1]) for s in stored
-    )
+def _matched(
+    name: str,
+    config: Mapping[str, Any],
+    match: Callable[[Architecture], tuple[Any, T]],
+    dtype: str | None,
+    forms: Sequence[FileForm],
+) -> tuple[Any, T]:
+    """Match a class in each form; where none fits, the error is that of the last one."""
+    for form in forms[:-1]:
+        with suppress(MismatchError):
+            return match(find_architecture({**config, "architectures": [name]}, dtype, form=form))
+    return match(find_architecture({**config, "architectures": [name]}, dtype, form=forms[-1]))
+
+
+def class_names(config: Mapping[str, Any]) -> list[str]:
+    """Return the names of the classes that a config may mean: the one that it names, or all of its model type.
+
+    Raises:
+        MismatchError: the config is none that transformers knows.
+    """
+    named: Any = config.get("architectures")
+    if named:
+        return [str(named[0] if isinstance(named, list) else named)]
+    kind = type(_config(config))
+    package = importlib.import_module(kind.__module__.rpartition(".")[0])
+    found: set[str] = set()
+    for module in pkgutil.iter_modules(package.__path__):
+        if module.name.startswith("modeling_"):
+            members = vars(importlib.import_module(f"{package.__name__}.{module.name}")).values()
+            found |= {cls.__name__ for cls in members if getattr(cls, "config_class", None) is kind}
+    return sorted(name for name in found & {*dir(package)} if not name.lower().endswith("pretrainedmodel"))
 
 
 def named_class(name: str) -> Any:
-    """Return the transformers model class of that name.
+    """Return the transformers model class of that name, which FSDP2 may have renamed.
 
     Raises:
         MismatchError: there is none.
     """
     import transformers
 
-    cls = getattr(transformers, name, None)
-    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
-        raise MismatchError(
-            f"architecture {name!r}: transformers {transformers.__version__} has no such model; check the config, or "
-            "install the version that has it."
-        )
-    return cls
-
-
-def _auto_class(auto: str, config: Mapping[str, Any]) -> Any | None:
-    import transformers
-
-    mapping = getattr(transformers, auto)._model_mapping
-    try:
-        return mapping[type(_config(config))]
-    except KeyError:
-        return None
+    for each in (name, name.removeprefix("FSDP")):
+        cls = getattr(transformers, each, None)
+        if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
+            return cls
+    raise MismatchError(
+        f"architecture {name!r}: transformers {transformers.__version__} has no such model; check the config, or "
+        "install the version that has it."
+    )
 
 
 def _config(config: Mapping[str, Any], cls: Any = None) -> Any:
@@ -151,12 +203,10 @@ def _config(config: Mapping[str, Any], cls: Any = None) -> Any:
         raise MismatchError(f"config of {config.get('model_type')!r}: {error}; check config.json.") from None
 
 
-def _describe(cls: Any, config: Mapping[str, Any], dtype: str | None) -> Architecture:
+def _describe(cls: Any, config: Mapping[str, Any], dtype: str | None, form: FileForm) -> Architecture:
     import torch
     from transformers.modeling_utils import local_torch_dtype
     from transformers.pytorch_utils import Conv1D
-
-    from ckpt_core.export.trace import trace_export
 
     built, made_in = _config(config, cls), getattr(torch, dtype or "float32")
     for part in (built, *(getattr(built, name, None) for name in built.sub_configs)):
@@ -169,17 +219,36 @@ def _describe(cls: Any, config: Mapping[str, Any], dtype: str | None) -> Archite
         raise MismatchError(f"{cls.__name__}: cannot be built from its config ({error}); check config.json.") from None
     state = model.state_dict()
     unsaved = frozenset(model._keys_to_ignore_on_save or ()) & set(state)
-    ties = {target: source for target, source in (model.all_tied_weights_keys or {}).items() if target in state}
+    trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    ties = {
+        target: source
+        for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items()
+        if target in state
+    }
     return Architecture(
         name=cls.__name__,
         shapes={name: tuple(tensor.shape) for name, tensor in state.items()},
         ties=ties,
-        recipes=trace_export(model, {n: tensor for n, tensor in state.items() if n not in ties and n not in unsaved}),
+        recipes=_recipes(model, {n: tensor for n, tensor in state.items() if n not in ties and n not in unsaved}, form),
         padded=_padded(model),
         unsaved=unsaved,
+        untrained=frozenset(state.keys() - trained),
         dtypes=_dtypes(model, state, made_in),
         turned=frozenset(name for name, module in model.named_modules() if isinstance(module, Conv1D)),
     )
+
+
+def _recipes(model: Any, state: Mapping[str, Any], form: FileForm) -> dict[str, Recipe]:
+    """Return how each tensor of an export is made, in the form of a file if transformers can save in it."""
+    from ckpt_core.export.trace import trace_export
+
+    conversions = form.conversions(model)
+    if conversions is not None:
+        model._weight_conversions = conversions
+        with suppress(MismatchError):
+            return trace_export(model, state)
+        del model._weight_conversions
+    return trace_export(model, state)
 
 
 def _dtypes(model: Any, state: Mapping[str, Any], made_in: Any) -> dict[str, str]:
@@ -197,6 +266,7 @@ def _padded(model: Any) -> frozenset[str]:
     owned: set[int] = set()
     for find in (model.get_input_embeddings, model.get_output_embeddings):
         with suppress(NotImplementedError):  # a model of something else than text
-            module = find()
-            owned |= {id(parameter) for parameter in (module.parameters() if module is not None else ())}
+            found = find()  # a module, or, in Perceiver, a parameter
+            parameters = found.parameters() if hasattr(found, "parameters") else [found]
+            owned |= {id(parameter) for parameter in parameters}
     return frozenset(name for name, tensor in model.named_parameters(remove_duplicate=False) if id(tensor) in owned)

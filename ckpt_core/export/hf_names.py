@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ckpt_core.errors import MismatchError
 from ckpt_core.export.architecture import Architecture, named_class
-from ckpt_core.export.names import Resolved, Table, resolve
+from ckpt_core.export.names import Resolved, Table, Wanted, resolve
 from ckpt_core.export.recipe import Recipe
 
 _COMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
@@ -22,18 +22,24 @@ _COMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
 class HfNames:
     """How the names of an export and those of a directory meet."""
 
-    first: Mapping[str, str]
-    """The stored name of each of the export's."""
+    exported: Mapping[str, str]
+    """The stored name of each of the export's, but for tensors that are stored as the model has them."""
+
+    own: Mapping[str, str]
+    """The stored name of each of the model's that is stored as the model has it, and not as an export has."""
 
     twins: list[tuple[str, str]]
     """Stored names of tensors that the config ties to others, each with the stored name of that one."""
+
+    exact: bool
+    """Whether every tensor is stored under the export's name or the model's, and no other is stored."""
 
     rules: tuple[str, ...]
     """What was passed over or done to the names, for people."""
 
 
 def match_names(stored: Collection[str], architecture: Architecture, table: Table, where: str) -> HfNames:
-    """Find the stored name of each name that an export has.
+    """Find the stored name of each name that an export has, or the model: transformers loads both, and mixtures.
 
     Args:
         stored: the directory's names.
@@ -44,31 +50,57 @@ def match_names(stored: Collection[str], architecture: Architecture, table: Tabl
     Raises:
         MismatchError: one is missing, or a stored one is left over.
     """
-    wanted = {name: [name, *_tied(recipe, architecture)] for name, recipe in architecture.recipes.items()}
-    known = {name for alternatives in wanted.values() for name in alternatives}
+    wanted = Wanted(_groups(architecture))
     cls = named_class(architecture.name)
-    read_as = _read_as(stored, known, cls.base_model_prefix)
+    read_as = _read_as(stored, wanted.names, cls.base_model_prefix)
     passed = [re.compile(pattern) for pattern in (*_COMPUTED, *(cls._keys_to_ignore_on_load_unexpected or ()))]
     passed += [re.compile(f"^{re.escape(name)}$") for name in architecture.unsaved]
-    unread = [new for new in read_as if new not in known and any(pattern.search(new) for pattern in passed)]
+    unread = [new for new in read_as if new not in wanted.names and any(pattern.search(new) for pattern in passed)]
     kept = [name for name in read_as if name not in unread]
     names = resolve(kept, wanted, table, model=architecture.name, where=where)
     _check_leftovers([name for name in kept if not table.drops(name)], names, architecture, where)
-    found = {name: [names.stored[n] for n in may if n in names.stored] for name, may in wanted.items()}
+    forms: tuple[dict[str, str], dict[str, str]] = {}, {}
+    twins: list[tuple[str, str]] = []
+    for group, number in zip(wanted.groups, names.choice, strict=True):
+        for name, may in group[number].items():
+            first, *others = (read_as[names.stored[each]] for each in may if each in names.stored)
+            forms[number][name] = first
+            twins += ((twin, first) for twin in others)
     rules = [*names.rules, *(f"dropped: {read_as[name]}, which {architecture.name} does not read" for name in unread)]
-    return HfNames(
-        {name: read_as[found[name][0]] for name in wanted},
-        [(read_as[twin], read_as[first]) for first, *twins in found.values() for twin in twins],
-        tuple(rules),
-    )
+    if forms[1]:
+        rules.append(f"names: {len(forms[1])} tensors stored as the model has them, such as {next(iter(forms[1]))}")
+    exact = not (names.prefix or unread) and all(name == read for read, name in read_as.items())
+    return HfNames(*forms, twins, exact, tuple(rules))
+
+
+def _groups(architecture: Architecture) -> list[list[dict[str, list[str]]]]:
+    """Return tensors that are made of each other together, in their two forms: the export's, and the model's."""
+    together: dict[str, set[str]] = {}
+    for recipe in architecture.recipes.values():
+        joined = {*recipe.sources}.union(*(together.get(source, ()) for source in recipe.sources))
+        together |= dict.fromkeys(joined, joined)
+    exported: dict[int, dict[str, list[str]]] = {}
+    plain: list[list[dict[str, list[str]]]] = []
+    for name, recipe in architecture.recipes.items():
+        if (recipe.straight and recipe.sources == (name,)) or not recipe.sources:
+            plain.append([{name: [name, *_tied(recipe, architecture)]}])
+        else:
+            exported.setdefault(id(together[recipe.sources[0]]), {})[name] = [name, *_tied(recipe, architecture)]
+    names = {number: own for own in together.values() if (number := id(own)) in exported}
+    others = ([form, {n: _alternatives(n, architecture) for n in sorted(names[k])}] for k, form in exported.items())
+    return [*plain, *others]
+
+
+def _alternatives(name: str, architecture: Architecture) -> list[str]:
+    return [name, *(target for target, source in architecture.ties.items() if source == name)]
 
 
 def _tied(recipe: Recipe, architecture: Architecture) -> list[str]:
     """Return the other names under which a tensor of an export may be stored, if it is a whole one of the model."""
-    return [t for t, s in architecture.ties.items() if recipe.straight and recipe.sources == (s,)]
+    return _alternatives(recipe.sources[0], architecture)[1:] if recipe.straight else []
 
 
-def _read_as(stored: Collection[str], known: set[str], base: str) -> dict[str, str]:
+def _read_as(stored: Collection[str], known: Collection[str], base: str) -> dict[str, str]:
     """Return the stored name of each name as it is read.
 
     Names that are not known are tried as transformers tries them: with parts of them as they are called today, and

@@ -5,19 +5,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ckpt_core.errors import MismatchError
-from ckpt_core.export.architecture import Architecture, find_architecture
+from ckpt_core.export.architecture import Architecture, choose_class
 from ckpt_core.export.hf_names import HfNames, match_names
 from ckpt_core.export.names import Table
 from ckpt_core.export.plan import Output, cast_rules, rearranged
 from ckpt_core.export.recipe import Recipe, copy_of
 from ckpt_core.export.trace import inverted
+from ckpt_core.export.weight_conversions import DEFAULT_FORM, FileForm
 from ckpt_core.format import dtypes
-from ckpt_core.format.index import Index, Shape
+from ckpt_core.format.index import Shape
 
 if TYPE_CHECKING:
     from ckpt_core.hf_weights import HfWeights
@@ -64,22 +65,34 @@ def plan_intake(
 
     Args:
         weights: what it holds.
-        config: its config; where it names no `architectures`, the class is the first whose exported names all fit.
+        config: its config; where it names no `architectures`, the class is the one of its model type that fits.
         dtype: cast floating-point tensors to this; None keeps them.
         table: what the user says of its names.
 
     Raises:
-        MismatchError: a tensor is missing, left over, or of another shape, or the config is no model's.
+        MismatchError: a tensor is missing, left over, or of another shape, or the config is no model's, or that of
+            several.
     """
     stored, where = weights.tensors, str(weights.place)
-    architecture, names = _matched(stored, config, dtype, table, where)
-    for exported, name in names.first.items():
-        _check_fits(name, stored[name][1], architecture.recipes[exported].shape, architecture.name, where)
+    form = FileForm({table.renamed(name) for name in stored if not table.drops(name)})
+
+    def match(architecture: Architecture) -> tuple[bool, tuple[Architecture, HfNames]]:
+        names = match_names(stored, architecture, table, where)
+        for exported, name in names.exported.items():
+            _check_fits(name, stored[name][1], architecture.recipes[exported].shape, architecture.name, where)
+        for own, name in names.own.items():
+            _check_fits(name, stored[name][1], architecture.shapes[own], architecture.name, where)
+        return not names.exact, (architecture, names)
+
+    architecture, names = choose_class(config, match, dtype, (form, DEFAULT_FORM), where)
     for twin, kept in names.twins:
         _check_fits(twin, stored[twin][1], stored[kept][1].shape, architecture.name, where)
     kept = {name: shape for name, shape in architecture.shapes.items() if name not in architecture.unsaved}
     whole = {name: shape for name, shape in kept.items() if name not in architecture.ties}
-    recipes = {name: _of_stored(recipe, names.first) for name, recipe in inverted(architecture.recipes, whole).items()}
+    recipes = {
+        name: copy_of(names.own[name], whole[name]) if name in names.own else _of_stored(recipe, names.exported)
+        for name, recipe in inverted(architecture.recipes, whole).items()
+    }
     types = {name: str(tensor.dtype) for name, (_, tensor) in stored.items()}
     outputs = [_output(name, recipes, types, architecture, dtype, where) for name in kept]
     rules = [*names.rules]
@@ -90,48 +103,8 @@ def plan_intake(
     rules += cast_rules(outputs)
     computed = _computed(architecture, outputs, dtype)
     rules += [f"computed: {output.name}, which the model makes by itself" for output in computed]
-    layouts = {name: architecture.recipes[exported].layout for exported, name in names.first.items()}
+    layouts = {name: architecture.recipes[exported].layout for exported, name in names.exported.items()}
     return Intake(architecture.name, list(architecture.shapes), outputs, computed, layouts, names.twins, tuple(rules))
-
-
-def _matched(
-    stored: Mapping[str, Any], config: Mapping[str, Any], dtype: str | None, table: Table, where: str
-) -> tuple[Architecture, HfNames]:
-    """Return the architecture that the config means, and how its names and the stored ones meet.
-
-    Raises:
-        MismatchError: they do not.
-    """
-    tried: list[str] = []
-    for name in _classes(config):
-        architecture = find_architecture({**config, "architectures": [name]}, Index({}, {}), dtype)
-        try:
-            return architecture, match_names(stored, architecture, table, where)
-        except MismatchError:
-            if config.get("architectures"):
-                raise
-            tried.append(name)
-    raise MismatchError(
-        f"{where}: its config names no architectures, and its tensors fit none of "
-        f'{", ".join(tried) or "the classes of its model type"}; add "architectures" to config.json.'
-    )
-
-
-def _classes(config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the names of the classes that a config may mean."""
-    from transformers.models.auto import modeling_auto as auto
-
-    if config.get("architectures"):
-        yield str(config["architectures"][0])
-        return
-    for mapping in (
-        auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-        auto.MODEL_MAPPING_NAMES,
-    ):
-        found: Any = mapping.get(config["model_type"])
-        if found:
-            yield found if isinstance(found, str) else found[0]
 
 
 def _check_fits(name: str, tensor: StoredTensor, shape: Shape, architecture: str, where: str) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from ckpt_core.errors import ArgumentError, MismatchError
 from ckpt_core.export.architecture import Architecture
 from ckpt_core.export.lora import Update
-from ckpt_core.export.names import Table, resolve
+from ckpt_core.export.names import Table, Wanted, resolve
 from ckpt_core.export.recipe import Piece, Recipe
 from ckpt_core.format import dtypes
 from ckpt_core.format.cover import gap_or_overlap
@@ -77,6 +77,9 @@ class Plan:
     rules: tuple[str, ...]
     """The named rules that were applied, for people and for `export.json`."""
 
+    prefix: str = ""
+    """What the checkpoint's names have before the model's."""
+
     @property
     def outputs(self) -> list[Output]:
         """Every tensor of the export."""
@@ -122,9 +125,11 @@ def make_plan(
     wanted = {n: [n, *(t for t, s in ties.items() if s == n)] for n in stored_names}
     names = resolve(
         (*index.tensors, *index.values),
-        wanted,
+        Wanted([[wanted]]),
         table,
         unsaved=architecture.unsaved,
+        values=index.values,
+        untrained=[n for n, e in index.tensors.items() if e.dtype not in dtypes.FLOATING],
         model=architecture.name,
         where=where,
     )
@@ -139,7 +144,7 @@ def make_plan(
     rules += rearranged(architecture.recipes)
     rules += cast_rules(outputs)
     used = {name: index.tensors[name] for stored in twins.values() for name in stored}
-    return Plan(architecture.name, _split(outputs, max_shard_bytes), tuple(repeated), used, tuple(rules))
+    return Plan(architecture.name, _split(outputs, max_shard_bytes), tuple(repeated), used, tuple(rules), names.prefix)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,11 +11,12 @@ from ckpt_core.export.adapter import find_adapter, has_adapter
 from ckpt_core.export.adapter_config import adapter_config
 from ckpt_core.export.adapter_merge import plan_merged
 from ckpt_core.export.adapter_plan import plan_adapter
-from ckpt_core.export.architecture import find_architecture
+from ckpt_core.export.architecture import Architecture, choose_class
 from ckpt_core.export.assets import Assets
 from ckpt_core.export.names import Table
 from ckpt_core.export.plan import Plan, make_plan
-from ckpt_core.format.index import read_index
+from ckpt_core.export.weight_conversions import DEFAULT_FORM, RECORD_NAME, FileForm
+from ckpt_core.format.index import Index, read_index
 
 if TYPE_CHECKING:
     from ckpt_core.urls import Place
@@ -56,10 +57,26 @@ def _plan(directory: Place, assets: Assets, settings: dict[str, Any], *, merge_a
         if not merge_adapter:
             return plan_adapter(index, adapter, dtype=settings["dtype"], where=where)
         return plan_merged(index, adapter, assets.config, **settings)
-    architecture = find_architecture(assets.config, index, settings["dtype"])
-    try:
-        return make_plan(index, architecture, **settings)
-    except MismatchError:
-        with suppress(MismatchError):  # of the two errors the first says more
-            return make_plan(index, architecture.as_stored(), **settings)
-        raise
+    return _plan_of_model(index, assets, settings)
+
+
+def _plan_of_model(index: Index, assets: Assets, settings: dict[str, Any]) -> Plan:
+    def match(architecture: Architecture) -> tuple[tuple[int, int, bool, int], Plan]:
+        try:
+            return _distance(plan := make_plan(index, architecture, **settings), index, 0), plan
+        except MismatchError:
+            with suppress(MismatchError):  # of the two errors the first says more
+                return _distance(plan := make_plan(index, architecture.as_stored(), **settings), index, 1), plan
+            raise
+
+    form = FileForm(record=assets.files.get(RECORD_NAME))
+    forms = (form, DEFAULT_FORM) if form != DEFAULT_FORM else (form,)
+    return choose_class(assets.config, match, settings["dtype"], forms, settings["where"])
+
+
+def _distance(plan: Plan, index: Index, form: int) -> tuple[int, int, bool, int]:
+    """Return how far the names of a checkpoint are from those of a model that was saved as it is, for comparison."""
+    name = next(iter(plan.tensors), "")
+    last = index.paths.get(name, (name,))[-1]  # as the model's state dict has it
+    above = len(name) - len(str(last))
+    return form, len(index.tensors) - len(plan.tensors), len(plan.prefix) != above, len(plan.prefix)

@@ -1,5 +1,6 @@
 """Checkpoints of runs with LoRA: exported as PEFT's save_pretrained does, or merged as its merge_and_unload does."""
 
+import copy
 import json
 import re
 import shutil
@@ -15,12 +16,13 @@ import numpy as np
 import pytest
 import small_adapters
 import torch
+import transformers
 from gloo_ranks import run_ranks, values
-from peft import PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from small_adapters import ADAPTERS, adapted, adapter_directory, save_pretrained_adapter
 from small_models import assert_same
-from small_transformers import model_of, read_json, save_pretrained
+from small_transformers import MODELS, model_of, read_json, save_pretrained
 from transformers import AutoModelForCausalLM
 
 from ckpt_core import PyTorchCheckpoint, errors, io, open_checkpoint
@@ -113,6 +115,39 @@ class TestAsAdapter:
         words = torch.arange(8).reshape(1, 8)
         with torch.no_grad():
             assert torch.equal(back.eval()(words).logits, model.eval()(words).logits)
+
+    @pytest.mark.parametrize(
+        ("head", "task", "target"),
+        [
+            ("LlamaForSequenceClassification", "SEQ_CLS", "q_proj"),
+            ("LlamaForTokenClassification", "TOKEN_CLS", "q_proj"),
+            ("BertForSequenceClassification", "SEQ_CLS", "query"),
+            ("BertForQuestionAnswering", "QUESTION_ANS", "query"),
+        ],
+    )
+    def test_classifiers(self, tmp_path: Path, saved: Saved, head: str, task: str, target: str) -> None:
+        """PEFT names the heads of all classifiers in the config; the one that the model has is exported and merged."""
+        config = copy.deepcopy(MODELS[head.partition("For")[0].lower()][1])
+        config.update({"pad_token_id": 0, "num_labels": 3})
+        torch.manual_seed(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = getattr(transformers, head)(config)
+            model = get_peft_model(model, LoraConfig(task_type=task, target_modules=[target]))
+        directory, assets = saved(model)
+        export = convert(directory, tmp_path / "export", assets=assets)
+        expected = save_pretrained_adapter(model, tmp_path / "expected")
+        assert (export.path / FACTORS).read_bytes() == (expected / FACTORS).read_bytes()
+        whole = convert(directory, tmp_path / "merged", assets=assets, merge_adapter=True)
+        assert whole.architecture == head
+        assert (whole.path / WEIGHTS).read_bytes() == (merged(model, tmp_path) / WEIGHTS).read_bytes()
+
+    def test_a_classifier_whose_head_is_not_there(self, tmp_path: Path, saved: Saved) -> None:
+        """Where no head at all was saved, the config's names of heads are missing."""
+        _, assets = saved(adapted("llama"))
+        with_heads = with_config(assets, task_type="SEQ_CLS", modules_to_save=["classifier", "score"])
+        with pytest.raises(errors.MismatchError, match="names 'classifier' in modules_to_save"):
+            convert(tmp_path / "saved" / "dcp", tmp_path / "export", assets=with_heads)
 
     def test_a_cast_is_that_of_torch(self, tmp_path: Path, saved: Saved) -> None:
         """With a dtype the factors are what torch makes of them."""

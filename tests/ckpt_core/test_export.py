@@ -1,9 +1,11 @@
 """DCP to Hugging Face safetensors: the same bytes as save_pretrained's, or a named error and nothing written."""
 
+import copy
 import errno
 import hashlib
 import json
 import shutil
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import gloo_ranks
 import pytest
 import torch
+import transformers
 from children import convert_when_continued, convert_with_little_room, save_as
 from safetensors.torch import load_file, save_file
 from small_models import assert_same
@@ -25,7 +28,7 @@ from small_transformers import (
     tokenizer,
 )
 from tracing import CHANGING, NAMING, can_trace, kill_everywhere
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ckpt_core import PyTorchCheckpoint, errors, io, open_checkpoint
 from ckpt_core.export import Assets, convert, convert_checkpoint, plan_export, read_export
@@ -475,20 +478,72 @@ class TestSources:
         said = f"dropped: 1 entries that are not the model's, such as {optimizer}state.lm_head.weight.exp_avg"
         assert said in export.rules
 
-    def test_without_architectures_the_class_that_fits_is_taken(self, tmp_path: Path) -> None:
-        """A config without `architectures` gives a causal LM, a sequence-to-sequence model or a base model."""
-        torch.manual_seed(0)
-        base = LlamaModel(MODELS["llama"][1])
-        for model, expected in (
-            (model_of("llama"), "LlamaForCausalLM"),
-            (model_of("t5"), "T5ForConditionalGeneration"),
-            (base, "LlamaModel"),
+    def test_what_a_training_keeps_is_no_leftover(self, tmp_path: Path, llama: tuple[Path, Assets]) -> None:
+        """Values, counters, random states and schedulers next to a model are left out, and the plan says so."""
+        others = {
+            "step": torch.tensor(3),
+            "tokens_seen": 12,
+            "epoch": torch.tensor(0.5),
+            "rng_state": torch.get_rng_state(),
+            "args": Namespace(lr=1.0),
+            "lr_scheduler": {"betas": torch.ones(2), "kind": "cosine"},
+            "dataloader_state": {"0": {"position": 7}},
+        }
+        expected = (convert(llama[0], tmp_path / "expected", assets=llama[1]).path / WEIGHTS).read_bytes()
+        for name, state in (
+            ("apart", {"model": model_of("llama").state_dict()}),
+            ("flat", model_of("llama").state_dict()),
         ):
-            directory, assets = checkpoint_of(model, tmp_path / expected)
-            config = {name: value for name, value in assets.config.items() if name != "architectures"}
-            export = convert(directory, tmp_path / f"{expected}-export", assets=replace(assets, config=config))
-            assert export.architecture == expected
-            assert read_json(export.path / "config.json")["architectures"] == [expected]
+            export = convert(
+                save_states({**state, **others}, tmp_path / name), tmp_path / f"{name} out", assets=llama[1]
+            )
+            assert (export.path / WEIGHTS).read_bytes() == expected
+            assert any(
+                rule.startswith(f"dropped: {len(others) + 1} entries that are not the model's") for rule in export.rules
+            )
+
+    @pytest.mark.parametrize(
+        "other",
+        [{"ema.norm.weight": torch.ones(16)}, {"model.extra.count": torch.tensor(3)}],
+        ids=["weights", "inside"],
+    )
+    def test_what_may_be_trained_is_never_left(
+        self, tmp_path: Path, llama: tuple[Path, Assets], other: dict[str, torch.Tensor]
+    ) -> None:
+        """Weights next to a model, and anything within it that it does not have, are a MismatchError."""
+        directory = save_states({**model_of("llama").state_dict(), **other}, tmp_path / "dcp")
+        refused(errors.MismatchError, "does not have", directory, llama[1], tmp_path / "out" / "export")
+
+    def test_a_class_that_fsdp_renamed(self, tmp_path: Path, llama: tuple[Path, Assets]) -> None:
+        """A config that was saved of a live FSDP2 model names the class that transformers has."""
+        assets = replace(llama[1], config={**llama[1].config, "architectures": ["FSDPLlamaForCausalLM"]})
+        export = convert(llama[0], tmp_path / "export", assets=assets)
+        assert read_json(export.path / "config.json")["architectures"] == ["LlamaForCausalLM"]
+
+    @pytest.mark.parametrize(
+        ("family", "head"),
+        [
+            ("llama", "LlamaForCausalLM"), ("llama", "LlamaModel"), ("llama tied", "LlamaForCausalLM"),
+            ("llama tied", "LlamaModel"), ("t5", "T5ForConditionalGeneration"), ("t5", "T5EncoderModel"),
+            ("bert", "BertForSequenceClassification"), ("llava", "LlavaForConditionalGeneration"),
+            ("whisper", "WhisperForConditionalGeneration"),
+        ],
+    )  # fmt: skip
+    def test_without_architectures_the_class_that_fits_is_taken(self, tmp_path: Path, family: str, head: str) -> None:
+        """A config without `architectures` means the class of its model type that has just these tensors."""
+        model = getattr(transformers, head)(copy.deepcopy(MODELS[family][1]))
+        directory, assets = checkpoint_of(model, tmp_path / "saved")
+        config = {name: value for name, value in assets.config.items() if name != "architectures"}
+        export = convert(directory, tmp_path / "export", assets=replace(assets, config=config))
+        assert export.architecture == head
+        assert read_json(export.path / "config.json")["architectures"] == [head]
+
+    def test_without_architectures_nothing_is_guessed(self, tmp_path: Path) -> None:
+        """Two classes with the same tensors are an error that names both."""
+        directory, assets = checkpoint_of(model_of("bert"), tmp_path / "saved")
+        config = {name: value for name, value in assets.config.items() if name != "architectures"}
+        text = "fit BertForMaskedLM and BertLMHeadModel alike"
+        refused(errors.MismatchError, text, directory, replace(assets, config=config), tmp_path / "out" / "export")
 
     def test_the_old_name_of_dtype_is_not_kept(self, tmp_path: Path, llama: tuple[Path, Assets]) -> None:
         """A config from before transformers 5 does not end with two dtypes."""

@@ -154,6 +154,9 @@ WRAPPERS: dict[str, Callable[[str], str]] = {
     "of a trainer": lambda name: f"model.{name}",
     "fully sharded": _fully_sharded,
     "all of them": lambda name: f"state.model.module.{_fully_sharded(name)}",
+    "some layers": lambda name: re.sub(
+        r"(?<=\.)([01])\.", lambda n: f"{n[1]}.{('_checkpoint_wrapped_module', 'module._orig_mod')[int(n[1])]}.", name
+    ),
 }
 
 

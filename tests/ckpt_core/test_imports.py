@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from gloo_ranks import fork, run_ranks, values
 from import_child import import_when_continued, import_with_little_room, load_in_rank
 from object_stores import s3_server  # noqa: F401 - a fixture
@@ -22,7 +23,6 @@ from safetensors.torch import load_file, save_file
 from small_models import assert_same
 from small_transformers import MODELS, model_of, read_json, save_pretrained, tokenizer
 from tracing import CHANGING, can_trace, kill_everywhere
-from transformers import BertModel, GPT2Model, LlamaModel, PreTrainedModel
 
 from ckpt_core import cli, errors, io
 from ckpt_core.export import chunks, convert
@@ -283,27 +283,69 @@ class TestNames:
             expected = type(model_of("marian")).from_pretrained(source).state_dict()
             assert_same(state_of(made.path), dict(expected))
 
-    def test_without_architectures(self, tmp_path: Path) -> None:
-        """A config without `architectures` means the first class whose exported names fit; none is an error."""
-        config = deepcopy((MODELS["llama"][1], MODELS["gpt2"][1]))  # saving a model sets the class in its config
-        models: list[PreTrainedModel] = [
-            model_of("mixtral"),
-            model_of("t5"),
-            LlamaModel(config[0]),
-            GPT2Model(config[1]),
-        ]
-        for model in models:
-            place = tmp_path / type(model).__name__
-            source = copy_with(save_pretrained(model, place / "hf"), place / "bare", architectures=None)
+    @pytest.mark.parametrize("name", ["mixtral", "llama tied", "bert", "vit", "llava"])
+    def test_without_architectures(self, tmp_path: Path, name: str) -> None:
+        """A config without `architectures` means the class of its model type whose tensors are those of the file."""
+        cls, config = MODELS[name]
+        head = {"bert": "BertForTokenClassification"}.get(name, cls.__name__)
+        model = getattr(transformers, head)(deepcopy(config))  # saving a model sets the class in its config
+        base = type(getattr(model, model.base_model_prefix))(deepcopy(config))
+        for number, each in enumerate((model, base) if name != "llava" else (model,)):
+            place = tmp_path / str(number)
+            source = copy_with(save_pretrained(each, place / "hf"), place / "bare", architectures=None)
             made = import_hf(source, place / "dcp")
-            whole = "GPT2LMHeadModel" if isinstance(model, GPT2Model) else type(model).__name__
-            assert made.architecture == whole  # the head of GPT-2 is tied, so that nothing of it is missing
-            assert read_json(made.path / "assets" / "config.json")["architectures"] == [whole]
-        (model,) = [BertModel(deepcopy(MODELS["bert"][1]))]
-        source = copy_with(
-            save_pretrained(model, tmp_path / "hf"), tmp_path / "bare", lambda s: s.popitem(), architectures=None
+            assert made.architecture == type(each).__name__
+            assert read_json(made.path / "assets" / "config.json")["architectures"] == [type(each).__name__]
+
+    def test_without_architectures_nothing_is_guessed(self, tmp_path: Path) -> None:
+        """Where several classes have these very tensors, or none has, it is an error that names them."""
+        model = model_of("t5")  # its head is tied to its embeddings, so its file is that of a model without a head
+        source = copy_with(save_pretrained(model, tmp_path / "hf"), tmp_path / "bare", architectures=None)
+        text = "fit T5ForConditionalGeneration and T5Model alike"
+        refused(errors.MismatchError, text, source, tmp_path / "out" / "dcp")
+        source = copy_with(tmp_path / "hf", tmp_path / "less", lambda s: s.popitem(), architectures=None)
+        refused(errors.MismatchError, "fit none of .*T5Model", source, tmp_path / "out" / "dcp")
+
+
+FUSED = ["mixtral", "qwen3 moe", "deepseek v3", "llava", "gemma3 with images", "granite hybrid"]
+"""Models that transformers stores under other names than their own, or in other parts."""
+
+
+class TestForms:
+    """Files in a model's own names, as save_pretrained writes them without its conversions; transformers loads them."""
+
+    @pytest.mark.parametrize("name", FUSED)
+    @pytest.mark.parametrize("mixed", [False, True], ids=["own", "mixed"])
+    @pytest.mark.parametrize("front", ["", "module."])
+    def test_give_the_same_checkpoint(self, tmp_path: Path, name: str, *, mixed: bool, front: str) -> None:
+        """A file in a model's own names, or partly so, becomes the checkpoint that the usual file becomes."""
+        model = model_of(name)
+        usual = save_pretrained(model, tmp_path / "usual")
+        own = load_file(save_pretrained(model, tmp_path / "own", save_original_format=False) / WEIGHTS)
+
+        def change(state: Tensors) -> None:
+            kept = {n: t for n, t in state.items() if mixed and ".layers.0." not in n}
+            state.clear()
+            state |= kept | {n: t for n, t in own.items() if not mixed or ".layers.0." in n}
+            if front:
+                rename(state, "^", front)
+
+        made = import_hf(copy_with(usual, tmp_path / "hf", change), tmp_path / "dcp")
+        expected = import_hf(usual, tmp_path / "expected")
+        assert_same(state_of(made.path), state_of(expected.path))
+
+    def test_both_at_once_are_refused(self, tmp_path: Path) -> None:
+        """Experts that are stored fused and apart are an error: which of them is meant is not known."""
+        model = model_of("mixtral")
+        usual = save_pretrained(model, tmp_path / "usual")
+        own = load_file(save_pretrained(model, tmp_path / "own", save_original_format=False) / WEIGHTS)
+        source = copy_with(usual, tmp_path / "hf", lambda state: state.update(own))
+        refused(
+            errors.MismatchError,
+            "holds .* tensors that MixtralForCausalLM does not have",
+            source,
+            tmp_path / "out" / "dcp",
         )
-        refused(errors.MismatchError, "fit none of .*BertModel", source, tmp_path / "out" / "dcp")
 
 
 def rename(state: Tensors, pattern: str, new: str) -> None:
