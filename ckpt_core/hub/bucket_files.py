@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ckpt_core import durable
-from ckpt_core.errors import HubContentError, StepExistsError
+from ckpt_core.errors import StepExistsError
 from ckpt_core.hub.contents import Content
 from ckpt_core.store import objects
 
@@ -47,14 +47,14 @@ class Files(Protocol):
         ...
 
     def copy(self, source: str, target: str) -> bool:
-        """Give a file a second path, without reading it here; False where that cannot be."""
+        """Link a file to a second path; False where there are no links."""
         ...
 
     def send(self, content: Content, path: str, scratch: str) -> None:
         """Write a file while its sha256 is made; `scratch` names who writes.
 
         Raises:
-            HubContentError: it is not the content's; nothing was written.
+            DamagedError: it is not the content's; nothing was written.
         """
         ...
 
@@ -118,7 +118,7 @@ class LocalFiles:
         """Write the file apart, flush it to the device, and give it its name."""
         apart = self._apart(scratch)
         try:
-            _write_checked(durable.create(apart), content, path)
+            _write_checked(durable.create(apart), content)
             apart.chmod(0o444)
             target = self._root / path
             durable.make_directory(target.parent)
@@ -197,18 +197,15 @@ class RemoteFiles:
             return False
         return True
 
-    def copy(self, source: str, target: str) -> bool:
-        """Have the store copy an object."""
-        place = self._root / source
-        with objects.plain_errors(place):
-            durable.file_system(place).cp_file(place.path, (self._root / target).path)
-        return True
+    def copy(self, source: str, target: str) -> bool:  # noqa: ARG002  see below
+        """Copy nothing: an object would have to be read here to know what is copied, which costs as much as sending."""
+        return False
 
     def send(self, content: Content, path: str, scratch: str) -> None:  # noqa: ARG002  nothing lies apart
         """Put an object part by part; it is there when the last one is."""
         place = self._root / path
         with objects.plain_errors(place):
-            _write_checked(durable.RemoteSink(place, replace=True), content, path)
+            _write_checked(durable.RemoteSink(place, replace=True), content)
 
     def delete(self, path: str) -> None:
         """Delete an object, and all below its name."""
@@ -222,18 +219,14 @@ class RemoteFiles:
         """Leave it to the store to forget uploads that did not end."""
 
 
-def _write_checked(sink: Sink, content: Content, path: str) -> None:
+def _write_checked(sink: Sink, content: Content) -> None:
     """Write a content whole, or not at all where its bytes are not those of its digest."""
     try:
         found = hashlib.sha256()
         for block in content.blocks():
             found.update(block)
             sink.write(memoryview(block))
-        if found.hexdigest() != content.sha256:
-            raise HubContentError(
-                f"{content.source if isinstance(content.source, Path) else path}: has sha256 {found.hexdigest()}, but"
-                f" export.json says {content.sha256}; it was changed after it was written: convert again"
-            )
+        content.check_digest(found.hexdigest())
         sink.seal()
     finally:
         sink.close()

@@ -7,7 +7,7 @@
     main                     in a directory: a link to the tree that is served
 
 Commits and versions are written only where there is none, which is what makes a release happen once. A file that the
-tree before has too is copied by the store, or linked.
+tree before has too is linked where there are links, after it was read: the digest of its list is of an earlier day.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ckpt_core.errors import (
     HubError,
 )
 from ckpt_core.hub.bucket_files import Files, LocalFiles, RemoteFiles
-from ckpt_core.hub.contents import Content
+from ckpt_core.hub.contents import Content, check_all, name_of
 from ckpt_core.hub.target import Entry, Progress, State, Tree
 from ckpt_core.urls import place_of
 
@@ -91,21 +91,44 @@ class BucketTarget:
             return {path: Entry(size, sha256=digests.get(path)) for path, size in sizes.items()}
 
     def stage(self, name: str, contents: Mapping[str, Content], head: str | None, progress: Progress | None) -> str:
-        """Write the files that a tree lacks, then the list of them."""
+        """Write the files that a tree lacks or that are damaged in it, then the list of them."""
         with self._plainly():
             self._files.create(f"candidates/{name}", b"")
             place = f"trees/{name}"
-            known, present = self._known(head), self._files.sizes(place)
-            missing = [path for path in sorted(contents) if present.get(path) != contents[path].size]
+            sizes, known = self._files.sizes(place), self._known(head)
+            present = {path: f"{place}/{path}" for path in contents if sizes.get(path) == contents[path].size}
+            kept = self._sound(present, contents)
+            missing = sorted(contents.keys() - kept)
+            links = {path: known[contents[path].sha256] for path in missing if contents[path].sha256 in known}
+            linked = self._sound(links, contents)
+            check_all(contents[path] for path in sorted(kept | linked))
             total, done = sum(contents[path].size for path in missing), 0
             for path in missing:
-                self._write(contents[path], f"{place}/{path}", known, name)
+                self._write(contents[path], f"{place}/{path}", links[path] if path in linked else None, name)
                 done += contents[path].size
                 if progress is not None:
                     progress(done, total)
             entries = {path: {"bytes": each.size, "sha256": each.sha256} for path, each in sorted(contents.items())}
             self._create(f"{place}{_SUFFIX}", {"files": entries})
             return name
+
+    def check(self, commit: str) -> None:
+        """Read each file of a commit, and compare it with the digest in its tree's list."""
+        with self._plainly():
+            place = self._place(commit)
+            listed = self._listed(place)
+            if name_of({path: (each.size, str(each.sha256)) for path, each in listed.items()}) != Path(place).name:
+                raise HubContentError(
+                    f"{self.where}/{place}{_SUFFIX} is not the list of the files that this tree was named by; restore a"
+                    " copy of it, or publish that release's export again"
+                )
+            sound = self._sound({path: f"{place}/{path}" for path in listed}, listed)
+            if damaged := sorted(listed.keys() - sound):
+                raise HubContentError(
+                    f"{self.where}/{place}/{damaged[0]} is damaged: its bytes are not those that were published; main"
+                    " and the tags stay as they are. Publish that release's export again, which mends it, or choose"
+                    " another release"
+                )
 
     def promote(self, commit: str, parent: str | None, message: str) -> str:
         """Write the commit that follows `parent`, where there is none."""
@@ -163,16 +186,32 @@ class BucketTarget:
                 for block in self._files.blocks(f"{self._place(commit)}/{path}"):
                     file.write(block)
 
-    def _write(self, content: Content, path: str, known: Mapping[str, str], scratch: str) -> None:
-        """Give a tree a file: a copy of one that is here with the same content, or what the export has."""
-        source = known.get(content.sha256)
+    def _write(self, content: Content, path: str, source: str | None, scratch: str) -> None:
+        """Give a tree a file: a link to `source`, which is the same, or what the export has."""
         if source is not None:
-            self._files.delete(path)  # one of another size was not written by this library
-        if source is None or not self._files.copy(source, path):
-            self._files.send(content, path, scratch)
+            self._files.delete(path)
+            if self._files.copy(source, path):
+                return
+        self._files.send(content, path, scratch)
+
+    def _sound(self, places: Mapping[str, str], expected: Mapping[str, Content] | Mapping[str, Entry]) -> set[str]:
+        """Read a file for each path, several at the same time; return the paths of those that are as expected."""
+
+        def is_sound(path: str) -> bool:
+            size, digest = 0, hashlib.sha256()
+            try:
+                for block in self._files.blocks(places[path]):
+                    size += len(block)
+                    digest.update(block)
+            except FileNotFoundError:
+                return False
+            return (size, digest.hexdigest()) == (expected[path].size, expected[path].sha256)
+
+        with ThreadPoolExecutor(_THREADS) as pool:
+            return {path for path, sound in zip(places, pool.map(is_sound, places), strict=True) if sound}
 
     def _known(self, head: str | None) -> dict[str, str]:
-        """Return where the files of a commit are, by their digest; those that have another size by now are left out."""
+        """Return where files of a commit are that could be linked, by their recorded digest; sizes are compared."""
         if head is None:
             return {}
         place, tree = self._place(head), self.tree(head)
@@ -205,7 +244,7 @@ class BucketTarget:
         where = f"{place}{_SUFFIX}"
         files = cast("Mapping[str, Mapping[str, Any]]", self._field(where, "files"))
         self._check_names(where, files)
-        with self._sound(where):
+        with self._readable(where):
             return {path: Entry(int(entry["bytes"]), sha256=str(entry["sha256"])) for path, entry in files.items()}
 
     def _check_names(self, where: str, paths: Iterable[str]) -> None:
@@ -219,18 +258,18 @@ class BucketTarget:
 
     def _field(self, path: str, name: str) -> Any:
         """Return a field of a record, in the one version that is known."""
-        with self._sound(path):
+        with self._readable(path):
             record: Any = json.loads(self._files.read(path))
             version = record["format_version"]
         if version != _FORMAT_VERSION:
             raise HubError(
                 f"{self.where}/{path}: format_version is {version}, expected {_FORMAT_VERSION}; use a newer ckptflow"
             )
-        with self._sound(path):
+        with self._readable(path):
             return record[name]
 
     @contextmanager
-    def _sound(self, path: str) -> Generator[None]:
+    def _readable(self, path: str) -> Generator[None]:
         """Make an error that names a record of what comes of reading it."""
         try:
             yield

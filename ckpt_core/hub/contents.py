@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path, PurePosixPath
@@ -17,8 +20,9 @@ MANIFEST = "export.json"
 CARD = "README.md"
 _FORMAT_VERSION = 1
 _BLOCK_BYTES = 2**20
+_MOST_THREADS = 8
 LARGE_BYTES = 2**20
-"""Files above this size in bytes are sent one at a time, and are not read where that can be helped."""
+"""Files above this size in bytes are sent one at a time, and are read only where they are part of a new release."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -31,27 +35,87 @@ class Content:
     sha256: str
 
     def blocks(self) -> Iterator[bytes]:
-        """Read it, block by block."""
+        """Yield its bytes, block by block.
+
+        Raises:
+            DamagedError: the file cannot be read.
+        """
         if isinstance(self.source, bytes):
             yield self.source
             return
-        with self.source.open("rb") as file:
-            while block := file.read(_BLOCK_BYTES):
-                yield block
+        try:
+            with self.source.open("rb") as file:
+                while block := file.read(_BLOCK_BYTES):
+                    yield block
+        except OSError as problem:
+            raise DamagedError(
+                f"{self.source}: cannot be read ({problem.strerror}); check the disk, or convert again"
+            ) from problem
 
     def git_id(self) -> str:
         """Return the id that git gives a file of this content, which is read for it.
 
         Raises:
-            DamagedError: what was read has another sha256.
+            DamagedError: the file cannot be read, or has another sha256.
         """
         git, sha256 = hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False), hashlib.sha256()
         for block in self.blocks():
             git.update(block)
             sha256.update(block)
-        if sha256.hexdigest() != self.sha256:
-            raise DamagedError(f"{self.source}: was changed after {MANIFEST} was written; convert again")
+        self.check_digest(sha256.hexdigest())
         return git.hexdigest()
+
+    def check(self) -> None:
+        """Read it to its end, and compare its sha256.
+
+        Raises:
+            DamagedError: the file cannot be read, or has another sha256.
+        """
+        sha256 = hashlib.sha256()
+        for block in self.blocks():
+            sha256.update(block)
+        self.check_digest(sha256.hexdigest())
+
+    def check_digest(self, found: str) -> None:
+        """Raise DamagedError unless `found`, the sha256 of what was read, is the expected one."""
+        if found != self.sha256:
+            raise DamagedError(
+                f"{self.source}: was changed after {MANIFEST} was written, or its disk failed: it has sha256 {found},"
+                f" expected {self.sha256}; convert again"
+            )
+
+    @contextmanager
+    def verified(self) -> Generator[None]:
+        """Check it, and that nobody changes it while the block runs, in which other code reads the file.
+
+        Raises:
+            DamagedError: the file cannot be read, has another sha256, or was changed meanwhile.
+        """
+        before = self._version()
+        self.check()
+        yield
+        if self._version() != before:
+            raise DamagedError(
+                f"{self.source}: was changed while it was sent, and nothing was tagged; convert again where its"
+                " content is another one now, and publish again"
+            )
+
+    def _version(self) -> tuple[int, ...]:
+        """Return what changes with every write; the inode's time does even where the file's own was set back."""
+        if isinstance(self.source, bytes):
+            return ()
+        try:
+            status = self.source.stat()
+        except OSError as problem:
+            raise DamagedError(f"{self.source}: cannot be read ({problem.strerror}); convert again") from problem
+        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def check_all(contents: Iterable[Content]) -> None:
+    """Read several contents to their ends at the same time; raises DamagedError as `Content.check` does."""
+    with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
+        for _ in pool.map(Content.check, contents):
+            pass
 
 
 def read_contents(
@@ -61,9 +125,9 @@ def read_contents(
 ) -> dict[str, Content]:
     """Return every file of the release by its path.
 
-    Names, sizes and the digests of small files are compared with `export.json`. Large files are not read, unless they
-    are newer than it: what the target then holds is compared with the digests made when they were written. A `card`
-    that is no text makes one of what `export.json` says, where the export has none.
+    Names, sizes and the digests of small files are compared with `export.json`. Large files are read here only if they
+    are newer than it; a release that is new reads each of them when it is staged. A `card` that is no text makes one of
+    what `export.json` says, where the export has none.
 
     Raises:
         ArgumentError: no local directory, two cards, or a picture whose name is taken or none.
@@ -86,9 +150,9 @@ def read_contents(
     return contents
 
 
-def name_of(contents: Mapping[str, Content]) -> str:
-    """Return 16 hexadecimal digits that stand for all files: their paths, sizes and digests."""
-    lines = (f"{path}\0{contents[path].size}\0{contents[path].sha256}\n" for path in sorted(contents))
+def name_of(files: Mapping[str, tuple[int, str]]) -> str:
+    """Return 16 hexadecimal digits that stand for all files, given the size and sha256 of each by its path."""
+    lines = (f"{path}\0{files[path][0]}\0{files[path][1]}\n" for path in sorted(files))
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
 
 
@@ -116,11 +180,6 @@ def _local(source: str | PathLike[str]) -> Path:
 
 def _in_memory(data: bytes) -> Content:
     return Content(source=data, size=len(data), sha256=hashlib.sha256(data).hexdigest())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read(path: Path) -> bytes:
@@ -179,5 +238,5 @@ def _check_directory(export: Path, listed: Mapping[str, Content]) -> None:
             found = "is no file" if size is None else f"has {size} bytes"
             raise DamagedError(f"{export}: {name} {found}, {MANIFEST} says {content.size} bytes; convert again")
         looks_written_since = there[name].stat().st_mtime_ns > written
-        if (content.size <= LARGE_BYTES or looks_written_since) and _sha256(there[name]) != content.sha256:
-            raise DamagedError(f"{export}: {name} was changed after {MANIFEST} was written; convert again")
+        if content.size <= LARGE_BYTES or looks_written_since:
+            content.check()

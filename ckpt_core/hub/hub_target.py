@@ -6,12 +6,13 @@ commit is not sent twice blindly: after each lost answer the branch is read firs
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from ckpt_core.errors import HubConflictError, HubContentError, HubError
 from ckpt_core.hub.connection import Connection
-from ckpt_core.hub.contents import Content
+from ckpt_core.hub.contents import Content, check_all
 from ckpt_core.hub.failures import CONFLICT, STALE, asked_wait, at_hub, passes, status_of
 from ckpt_core.hub.hub_uploads import difference, upload
 from ckpt_core.hub.retries import persist
@@ -88,18 +89,25 @@ class HubTarget:
         self._request(lambda: self._hub.api.create_branch(self.repo_id, branch=branch, revision=head, exist_ok=True))
         start = self._head(branch)
         operations = difference(contents, self.tree(start))
+        additions = [each for each in operations if isinstance(each, CommitOperationAdd)]
+        there = contents.keys() - {addition.path_in_repo for addition in additions}
+        check_all(contents[path] for path in sorted(there))  # what the Hub has already is claimed by its digest alone
         if not operations:
             return start
 
         def send(batch: list[CommitOperationAdd], size: int) -> None:
-            with xet_deadline(size):
+            with ExitStack() as checks, xet_deadline(size):
+                for addition in batch:
+                    checks.enter_context(contents[addition.path_in_repo].verified())
                 self._hub.api.preupload_lfs_files(self.repo_id, batch, revision=branch, free_memory=False)
 
-        additions = [each for each in operations if isinstance(each, CommitOperationAdd)]
         at_hub(self._hub, self.where, lambda: upload(additions, send, progress))
         return self._commit(
             branch, operations, start, f"Candidate {name}", lambda tree: differs(tree, contents) is None
         )
+
+    def check(self, commit: str) -> None:
+        """Read nothing: the tree's digests are what the Hub stores the files by."""
 
     def promote(self, commit: str, parent: str | None, message: str) -> str:
         """Commit copies of a commit's files to `main`: no large file is sent, small ones travel there and back."""

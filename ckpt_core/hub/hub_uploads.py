@@ -1,4 +1,4 @@
-"""Sending files to the Hub: what is missing, large files one at a time, none hashed or sent twice."""
+"""Uploads to the Hub: what is missing, large files one at a time, none sent twice."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -44,5 +44,5 @@ def _addition(path: str, content: Content) -> "CommitOperationAdd":
     from huggingface_hub import CommitOperationAdd
 
     addition = CommitOperationAdd(path_in_repo=path, path_or_fileobj=content.source)
-    addition.upload_info.sha256 = bytes.fromhex(content.sha256)  # or the client reads every file again to hash it
+    addition.upload_info.sha256 = bytes.fromhex(content.sha256)  # it is checked before sending
     return addition

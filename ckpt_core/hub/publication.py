@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ckpt_core.errors import HubConflictError
 from ckpt_core.hub.card_facts import export_card
-from ckpt_core.hub.contents import Content, check_weights, name_of, read_contents
+from ckpt_core.hub.contents import Content, check_all, check_weights, name_of, read_contents
 from ckpt_core.hub.releases import Release, check_tag, describe, next_version, tag_of
 from ckpt_core.hub.target import Progress, State, Target, Tree, open_target
 from ckpt_core.hub.verification import advance, differs, holds_model, other_bytes, read_back_all
@@ -48,6 +48,8 @@ def publish(
     read_back: bool = False,
 ) -> Release:
     """Make `main` of a target hold exactly this export, and tag it: `stage`, then `promote`.
+
+    Every file of a new release is read and its sha256 compared before the tag is set, also one that the target has.
 
     Publishing what is published already sends and reads nothing, and returns the release that there is. An unchanged
     release needs an unchanged card: leave times and the tag out of it. Arguments and errors are those of the two.
@@ -100,7 +102,8 @@ def stage(
 
     Raises:
         ArgumentError: a wrong argument.
-        DamagedError: the export is not what `export.json` says, or was converted without digests.
+        DamagedError: the export is not what `export.json` says, by the sha256 of any file, or was converted without
+            digests.
         NotACheckpointError: it has no weights.
         HubAuthError: the token is missing, wrong, or may not write.
         HubConflictError: `main` is not at `parent`, the tag is taken, or the repository is public.
@@ -112,7 +115,7 @@ def stage(
     target = open_target(where, endpoint=endpoint, token=token, private=private, write=True)
     contents = read_contents(export, card if card is not None else partial(export_card, str(where)), pictures)
     state = target.prepare()
-    name = name_of(contents)
+    name = name_of({path: (each.size, each.sha256) for path, each in contents.items()})
     if tag is not None and tag in state.tags:
         _check_same(target, tag, state.tags[tag], contents)
     commit = state.head
@@ -122,6 +125,8 @@ def stage(
         commit = target.stage(name, contents, state.head, progress)
         if wrong := differs(target.tree(commit), contents):
             raise other_bytes(target, commit, wrong)
+    elif name in state.candidates or (tag is not None and tag not in state.tags):  # there will be a new tag
+        check_all(contents.values())
     if read_back:
         read_back_all(target, commit, contents)
     return Candidate(str(where), name, commit, parent or state.head)
@@ -137,11 +142,12 @@ def promote(
 ) -> Release:
     """Make `main` serve a candidate, by one new commit, and tag that; the candidate itself is then taken away.
 
-    `tag` defaults to the next of `v1`, `v2`, ... Where `main` serves the same content already, nothing is committed.
+    `tag` defaults to the next of `v1`, `v2`, ... Where `main` serves the same content already, nothing is committed. In
+    a directory or bucket the files are read first, since the candidate may have waited there for days.
 
     Raises:
         HubConflictError: somebody else moved `main` since the candidate was staged, or took the tag.
-        HubContentError: `main` holds another tree than the candidate.
+        HubContentError: a file of the candidate is damaged by now, or `main` holds another tree.
         HubAuthError, HubError: as for `stage`.
     """
     if tag is not None:
@@ -154,6 +160,8 @@ def promote(
     if name in state.tags and target.tree(state.tags[name]) != wanted:
         raise _taken(target, name, state.tags[name])
     commit, replaced = (state.head, ()) if served else (None, _unreleased(target, state, wanted))
+    if not served or name not in state.tags:
+        target.check(candidate.commit)
     if commit is None:
         commit = advance(target, candidate.commit, candidate.parent, f"Publish {name}", wanted)
     if name not in state.tags:

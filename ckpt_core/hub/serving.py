@@ -12,12 +12,14 @@ from ckpt_core.hub.verification import advance, holds_model
 def roll_back(where: str | PathLike[str], to: str, *, endpoint: str | None = None, token: str | None = None) -> Release:
     """Make `main` serve an earlier release again, by a new commit with that tag's tree; all history stays.
 
-    Where `main` serves it already, nothing is done.
+    In a directory or bucket every file of the release is read first, and its sha256 compared with the recorded one. A
+    Hub stores files by their digests and answers for them, so nothing is read there. Where `main` serves the release
+    already, nothing else is done.
 
     Raises:
         ArgumentError: there is no such tag; the message lists those there are.
-        HubConflictError: somebody else moved `main` meanwhile.
-        HubContentError: `main` holds another tree than the tag.
+        HubConflictError: somebody else moved `main` at the same time.
+        HubContentError: a file of the release is damaged, or `main` holds another tree than the tag.
         HubAuthError, HubError: as for `stage`.
     """
     target = open_target(where, endpoint=endpoint, token=token, write=True)
@@ -28,6 +30,7 @@ def roll_back(where: str | PathLike[str], to: str, *, endpoint: str | None = Non
         known = ", ".join(sorted(state.tags)) or "none"
         raise ArgumentError(f"{target.where} has no tag {to!r} to roll back to; it has {known}")
     wanted = target.tree(state.tags[to])
+    target.check(state.tags[to])
     if target.tree(state.head) == wanted:
         return describe(target, to, state.head, wanted, created=False)
     commit = advance(target, state.tags[to], state.head, f"Roll back to {to}", wanted)

@@ -103,6 +103,16 @@ class Target(Protocol):
         """Send what is missing of a tree under a candidate's name, file by file; return the candidate's commit."""
         ...
 
+    def check(self, commit: str) -> None:
+        """Read every file of a commit where only that tells whether it still is what was published.
+
+        A Hub names each file by its digest, and answers for it: there nothing is read.
+
+        Raises:
+            HubContentError: a file is damaged.
+        """
+        ...
+
     def promote(self, commit: str, parent: str | None, message: str) -> str:
         """Add one commit to `main` whose tree is the given one's, by reference, and return it.
 

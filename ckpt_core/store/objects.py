@@ -10,7 +10,7 @@ from collections.abc import Generator, Iterable
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, cast
 
-from ckpt_core.errors import CommitError, StepExistsError
+from ckpt_core.errors import CkptError, CommitError, StepExistsError
 
 if TYPE_CHECKING:
     from upath import UPath
@@ -178,7 +178,7 @@ def plain_errors(place: UPath) -> Generator[None]:
     """Make an OSError, like all the rest, of what fsspec's plugins raise of their own where a network fails."""
     try:
         yield
-    except OSError:
+    except (OSError, CkptError):
         raise
     except Exception as error:
         raise OSError(f"{place}: {type(error).__name__}: {error}") from error

@@ -12,7 +12,7 @@ import pytest
 from hub_client import files_below, model_files, sharded_files, weights, write_export
 
 from ckpt_core import hub
-from ckpt_core.errors import ArgumentError, HubConflictError, HubContentError, HubError
+from ckpt_core.errors import ArgumentError, DamagedError, HubConflictError, HubContentError, HubError
 from ckpt_core.hub.bucket_files import LocalFiles, RemoteFiles
 from ckpt_core.hub.bucket_target import BucketTarget
 from ckpt_core.hub.target import State, open_target
@@ -191,6 +191,114 @@ def test_a_damaged_file_is_found(where, export, tmp_path):
     release = hub.publish(export, where)
     assert (Path(where) / "main/model.safetensors").read_bytes() == (export / "model.safetensors").read_bytes()
     assert release.tag == "v1"
+
+
+@pytest.fixture(params=["directory", "memory"])
+def anywhere(request, tmp_path):
+    """Return the address of a directory or of objects, neither of which is there."""
+    return str(tmp_path / "releases") if request.param == "directory" else f"memory://{uuid.uuid4().hex}/releases"
+
+
+def rot(where, pattern):
+    """Flip the last bit of a file of a target, in place: a file that is linked changes in all its trees."""
+    if "://" in where:
+        files = fsspec.filesystem("memory")
+        [path] = files.glob(f"{where}/{pattern}")
+        content = files.cat_file(path)
+        files.pipe_file(path, content[:-1] + bytes([content[-1] ^ 1]))
+        return
+    [path] = Path(where).glob(pattern)
+    path.chmod(0o644)
+    with path.open("r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)
+        file.seek(-1, 2)
+        file.write(bytes([last[0] ^ 1]))
+
+
+def test_a_rotten_file_of_an_old_release_is_in_no_new_one(anywhere, tmp_path):
+    """What the old tree has under a recorded digest is read before a new tree shares it, and sent where it rotted."""
+    old, new = (write_export(tmp_path / str(seed), sharded_files([1, seed], 1000)) for seed in (2, 3))
+    hub.publish(old, anywhere)
+    rot(anywhere, "trees/*/model-00001-of-00002.safetensors")
+    second = hub.publish(new, anywhere)
+    copy = hub.download(anywhere, "v2", directory=tmp_path / "copy")
+    assert files_below(copy).items() >= files_below(new).items()
+    with pytest.raises(HubContentError, match=r"model-00001-of-00002\.safetensors is damaged.*stay as they are"):
+        hub.roll_back(anywhere, "v1")
+    assert hub.served(anywhere).commit == second.commit
+    assert hub.publish(old, anywhere).tag == "v3"  # writes the damaged file of that tree again
+    assert hub.roll_back(anywhere, "v2").tag == "v2"
+    assert hub.roll_back(anywhere, "v1").created
+
+
+def test_a_candidate_that_rotted_is_not_promoted(anywhere, tmp_path):
+    """Between staging and promotion days may pass: the files are read again before main moves; staging mends them."""
+    first = hub.publish(write_export(tmp_path / "first", model_files(1)), anywhere)
+    export = write_export(tmp_path / "export", model_files(2))
+    candidate = hub.stage(export, anywhere)
+    rot(anywhere, f"trees/{candidate.commit}/model.safetensors")
+    with pytest.raises(HubContentError, match=r"model\.safetensors is damaged"):
+        hub.promote(anywhere, candidate)
+    assert hub.served(anywhere).commit == first.commit
+    assert hub.promote(anywhere, hub.stage(export, anywhere)).tag == "v2"
+    assert files_below(hub.download(anywhere, "v2", directory=tmp_path / "copy")).items() >= files_below(export).items()
+
+
+def test_a_rotten_release_gets_no_other_tag(anywhere, export):
+    """Another tag for what is served is set after its files were read."""
+    hub.publish(export, anywhere)
+    rot(anywhere, "trees/*/model.safetensors")
+    with pytest.raises(HubContentError, match=r"model\.safetensors is damaged"):
+        hub.publish(export, anywhere, tag="also")
+    assert open_target(anywhere).read().tags.keys() == {"v1"}
+
+
+def test_a_list_of_other_digests_proves_nothing(anywhere, export):
+    """A tree is named by its list, so digests that were changed with the files are found."""
+    hub.publish(export, anywhere)
+    rot(anywhere, "trees/*/model.safetensors")
+    target = open_target(anywhere)
+    tree = target.tree("0000000001")
+    wrong = {path: target.digest("0000000001", path) for path in tree}
+    record = {"format_version": 1, "files": {path: {"bytes": of[0], "sha256": of[1]} for path, of in wrong.items()}}
+    place = f"{hub.served(anywhere).url}.json"
+    with fsspec.open(place, "wb") as file:
+        file.write(json.dumps(record).encode())
+    with pytest.raises(HubContentError, match=r"\.json is not the list of the files that this tree was named by"):
+        hub.roll_back(anywhere, "v1")
+
+
+def test_a_release_is_not_the_export(where, tmp_path):
+    """An export's file that is a link, or that is changed in place later, changes nothing in a release."""
+    (tmp_path / "elsewhere").write_bytes(weights(1))
+    export = write_export(tmp_path / "export", model_files(1))
+    (export / "model.safetensors").unlink()
+    (export / "model.safetensors").symlink_to(tmp_path / "elsewhere")
+    hub.publish(export, where)
+    for path in (tmp_path / "elsewhere", export / "config.json"):
+        path.write_bytes(b"changed")
+    served = Path(where) / "main"
+    assert (served / "model.safetensors").read_bytes() == weights(1)
+    assert not (served / "model.safetensors").is_symlink()
+    assert (served / "config.json").read_bytes() == model_files(1)["config.json"]
+
+
+def test_a_disk_that_fails_is_the_one_that_is_named(where, tmp_path, monkeypatch):
+    """An export that cannot be read is damaged, by its own path; the target is not blamed."""
+    export = write_export(tmp_path / "export", {"model.safetensors": weights(1, 400_000), "config.json": b"{}"})
+    plain = Path.open
+
+    def fail(path, *rest, **how):
+        if path == export / "model.safetensors" and rest == ("rb",):
+            raise OSError(errno.EIO, "Input/output error")
+        return plain(path, *rest, **how)
+
+    monkeypatch.setattr("ckpt_core.hub.publication.check_weights", lambda _: None)
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(DamagedError, match=rf"^{export}/model\.safetensors: cannot be read \(Input/output error\)"):
+        hub.publish(export, where)
+    assert hub.served(where) is None
 
 
 @pytest.mark.parametrize(

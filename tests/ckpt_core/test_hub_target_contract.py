@@ -4,10 +4,10 @@ import os
 import uuid
 
 import pytest
-from hub_client import Client, Here, files_below, model_files, weights, write_export
+from hub_client import Client, Here, files_below, model_files, sharded_files, weights, write_export
 from object_stores import s3_server  # noqa: F401 - a fixture
 
-from ckpt_core.errors import ArgumentError, HubConflictError, HubError
+from ckpt_core.errors import ArgumentError, DamagedError, HubConflictError, HubError
 
 
 @pytest.fixture(scope="module")
@@ -164,9 +164,41 @@ def test_weights_that_changed_after_the_export_are_not_published(target, make, t
     content[-1] ^= 1
     (export / "model.safetensors").write_bytes(content)
     os.utime(export / "model.safetensors", (0, 0))  # as if it were as old as its digest
-    with pytest.raises(HubError, match=r"ha(s|ve) sha256"):
+    with pytest.raises(DamagedError, match=r"model\.safetensors: was changed after .* it has sha256"):
         caller.call("publish", export, where)
     assert caller.call("served", where) == {**first, "created": False}
+
+
+def test_a_shard_that_rotted_is_found_also_where_the_target_has_it(target, tmp_path):
+    """An unchanged shard of the export is read before a new tag covers it, also where the target has its content."""
+    caller, where = target
+    first = caller.call("publish", write_export(tmp_path / "first", sharded_files([1, 2], 300_000)), where)
+    second = write_export(tmp_path / "second", sharded_files([1, 9], 300_000))
+    flip_last_bit(second / "model-00001-of-00002.safetensors")
+    with pytest.raises(DamagedError, match=r"second/model-00001-of-00002\.safetensors: was changed after"):
+        caller.call("publish", second, where)
+    assert caller.call("served", where) == {**first, "created": False}
+    flip_last_bit(second / "model-00001-of-00002.safetensors")
+    assert caller.call("publish", second, where)["tag"] == "v2"
+
+
+def test_another_tag_needs_a_sound_export(target, tmp_path):
+    """A second tag for what is served covers an export that is read: one that rotted is refused."""
+    caller, where = target
+    export = write_export(tmp_path / "export", sharded_files([1], 300_000))
+    first = caller.call("publish", export, where)
+    flip_last_bit(export / "model-00001-of-00001.safetensors")
+    with pytest.raises(DamagedError, match="was changed after"):
+        caller.call("publish", export, where, tag="also")
+    assert caller.call("publish", export, where) == {**first, "created": False}
+
+
+def flip_last_bit(path):
+    """Damage a file, or mend it, and leave it as old as its digest."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    os.utime(path, (0, 0))
 
 
 def test_every_byte_can_be_read_back(target, make):

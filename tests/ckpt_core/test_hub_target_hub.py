@@ -1,11 +1,12 @@
 """A local Hub as a target: what is tried again, what is not, and what an answer that was lost leads to."""
 
+import os
 import socket
 
 import pytest
 from hub_client import REPO, Client, model_files, sharded_files, write_export
 
-from ckpt_core.errors import HubAuthError, HubConflictError, HubError
+from ckpt_core.errors import DamagedError, HubAuthError, HubConflictError, HubError
 from ckpt_core.hub import retries
 from ckpt_core.testing.hub_faults import Fault, Faults
 
@@ -155,6 +156,24 @@ def test_what_was_sent_is_not_sent_again(client, plan, tmp_path):
     assert len(first) == 2  # the second of them was refused
     assert len(set(first + puts(client))) == 3
     assert first[0] not in puts(client)
+
+
+def test_a_file_that_changes_while_it_is_sent_is_not_tagged(client, tmp_path):
+    """Weights that are written to during their upload are no release, though the bytes that were sent were right."""
+    export = write_export(tmp_path / "export", sharded_files([1], 300_000))
+    path = export / "model-00001-of-00001.safetensors"
+
+    def change(method, *_):
+        if method == "PUT":
+            times, content = path.stat(), path.read_bytes()
+            path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+            os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+    client.on_request = change
+    with pytest.raises(DamagedError, match=r"model-00001-of-00001\.safetensors: was changed while it was sent"):
+        client.publish(export)
+    assert client.titles() == ["initial commit"]
+    assert not client.repo.refs().tags
 
 
 def puts(client):

@@ -7,7 +7,7 @@ import signal
 import pytest
 from hub_client import REPO, Client, files_below, line_for, sharded_files, write_export
 
-from ckpt_core.errors import HubError
+from ckpt_core.errors import DamagedError, HubError
 from ckpt_core.testing.hub_faults import Fault, Faults
 
 XET = {"HF_HUB_DISABLE_XET": "0"}
@@ -109,12 +109,13 @@ def test_a_server_that_begins_anew_is_told_of(client, tmp_path):
 
 
 def test_weights_of_another_digest_do_not_arrive(client, tmp_path):
-    """Weights that changed and look as old as their digest, which the client does not compute again, are refused."""
+    """Weights that changed and look as old as their digest are found before a byte is sent."""
     export = write_export(tmp_path / "export", sharded_files([1, 2], 300_000))
     path = export / "model-00001-of-00002.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     os.utime(path, (0, 0))
-    with pytest.raises(HubError):
+    with pytest.raises(DamagedError, match=r"model-00001-of-00002\.safetensors: was changed after"):
         client.publish(export)
     assert client.titles() == ["initial commit"]
+    assert sent_to_xet(client) == 0
