@@ -1,13 +1,14 @@
 """What a DCP directory says that it holds: tensors, their chunks, and where each lies.
 
-A DCP directory tells this in `.metadata`, a pickle. A checkpoint of ours has the same as JSON beside it, in
-`.metadata.json`, which is read first, so that nothing of ours needs the pickle.
+A DCP directory says this in `.metadata`, a pickle. A checkpoint of ours has the same as JSON in `.metadata.json`, its
+twin, so that nothing of ours needs the pickle. The twin names the digest of the `.metadata` that it was written with.
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import logging
 import math
 import reprlib
 from collections import defaultdict
@@ -22,16 +23,19 @@ from ckpt_core.durable import file_size
 from ckpt_core.errors import CkptError, DamagedError, NotACheckpointError
 from ckpt_core.format import dtypes, stock
 from ckpt_core.format.cover import Shape, gap_or_overlap
+from ckpt_core.format.digests import ALGORITHM, algorithm_of, digest_bytes
+from ckpt_core.format.manifest import MANIFEST_NAME
 
 if TYPE_CHECKING:
     from ckpt_core.urls import Place
 
 METADATA_NAME = ".metadata"
 TWIN_NAME = ".metadata.json"
-TWIN_VERSION = 1
+TWIN_VERSION = 2
 MAX_METADATA_BYTES = 1 << 30
 MAX_RANK = 64
 _MAX = 1 << 62
+_log = logging.getLogger(__name__)
 
 Keys = tuple[str | int, ...]
 T = TypeVar("T")
@@ -101,10 +105,14 @@ def read_index(directory: str | Place) -> Index:
             f"{directory}: no {METADATA_NAME} in it, so no DCP checkpoint; give the directory that holds the "
             f"{METADATA_NAME} and *.distcp files."
         )
-    path, read = (twin, _twin_document) if twin.exists() else (pickled, stock.read_document)
+    path = twin if twin.exists() else pickled
     try:
         with _uncollected():
-            return _index(read(_read(path), str(path)))
+            document = _twin_document(twin, pickled) if path == twin else None
+            if document is None:
+                path = pickled
+                document = stock.read_document(_read(pickled), str(pickled))
+            return _index(document)
     except CkptError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
@@ -130,10 +138,16 @@ def check_files(directory: Place, index: Index) -> None:
             raise DamagedError(f"{path}: {size} bytes, the metadata names bytes up to {end}; restore a copy of it.")
 
 
-def twin_bytes(index: Index) -> bytes:
-    """Return the JSON twin of a DCP directory's metadata."""
+def twin_bytes(index: Index, metadata: bytes) -> bytes:
+    """Return the JSON twin of a DCP directory's metadata.
+
+    Args:
+        index: what the directory holds.
+        metadata: the bytes of its `.metadata`.
+    """
     document = {
         "format_version": TWIN_VERSION,
+        "metadata": digest_bytes(metadata, ALGORITHM),
         "tensors": {
             name: {
                 "dtype": entry.dtype,
@@ -169,12 +183,33 @@ def _uncollected() -> Generator[None]:
             gc.enable()
 
 
-def _twin_document(data: bytes, _: str) -> dict[str, Any]:
-    document = cast("dict[str, Any]", json.loads(data))
-    version = document.get("format_version")
+def _twin_document(twin: Place, pickled: Place) -> dict[str, Any] | None:
+    """Return what the twin says, or None if it was not written with the `.metadata` that is there now.
+
+    Stock `dcp.save` overwrites `.metadata` and leaves the twin of an older save, which would give its places in the
+    files to the tensors of the newer one.
+
+    Raises:
+        DamagedError: the directory is part of a committed step, in which nothing is ever overwritten.
+        ValueError: it is no twin, or of a version that this library does not read.
+    """
+    document = cast("dict[str, Any]", json.loads(_read(twin)))
+    version, digest = document.get("format_version"), document.get("metadata")
+    if version == 1:  # it names no digest, so whether it belongs to this `.metadata` is not known
+        _log.info("%s: of version 1; %s is read in its place", twin, pickled.name)
+        return None
     if version != TWIN_VERSION:
         raise ValueError(f"format_version {_brief(version)}, this library reads {TWIN_VERSION}; update ckptflow")
-    return document
+    found = digest_bytes(_read(pickled), algorithm_of(digest)) if isinstance(digest, str) else ""
+    if found and found == digest:
+        return document
+    if any((above / MANIFEST_NAME).exists() for above in (twin.parent.parent, twin.parent.parent.parent)):
+        raise DamagedError(
+            f"{twin}: of another save than {METADATA_NAME} ({found or 'no digest'}, expected {_brief(digest)}), in a "
+            "committed step, which never changes; restore a copy of both files, or load an older step."
+        )
+    _log.warning("%s: of an older save than %s, which is read in its place; delete it", twin, pickled.name)
+    return None
 
 
 def _index(document: dict[str, Any]) -> Index:

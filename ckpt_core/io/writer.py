@@ -100,9 +100,10 @@ class DigestWriter(StorageWriter):
                 item.properties.pin_memory = False  # that the copy it was written from was pinned is no fact of it
         metadata.storage_meta = StorageMeta()  # stock DCP would record this machine's paths here
         metadata.version = "1.0.0"
+        data = pickle.dumps(metadata)
         if self._twin:
-            self._write(TWIN_NAME, twin_bytes(to_index(metadata)))
-        self._write(METADATA_NAME, pickle.dumps(metadata))
+            self._write(TWIN_NAME, twin_bytes(to_index(metadata), data))
+        self._write(METADATA_NAME, data)
 
     def _write(self, name: str, data: bytes) -> None:
         durable.write_new(self.path / name, data)

@@ -88,7 +88,7 @@ class Model:
                 offset += length
 
     def write_twin(self, directory: Path) -> None:
-        """Write the metadata as this library does; nobody looks at the pickle beside it."""
+        """Write the metadata as this library does; the pickle beside it is only digested, so any bytes will do."""
         chunks: list[list[Chunk]] = [[] for _ in range(self.tensors)]
         for one in self.stored():
             rest = self.shape(one.tensor)[1:]
@@ -96,8 +96,12 @@ class Model:
             chunks[one.tensor].append(Chunk((one.start, *(0 for _ in rest)), (one.rows, *rest), span))
         names = [self.name(tensor) for tensor in range(self.tensors)]
         entries = {name: TensorEntry("float32", self.shape(t), tuple(chunks[t])) for t, name in enumerate(names)}
-        (directory / TWIN_NAME).write_bytes(twin_bytes(Index(entries, {}, {name: ("model", name) for name in names})))
-        (directory / METADATA_NAME).write_bytes(b"")
+        index, pickled = (
+            Index(entries, {}, {name: ("model", name) for name in names}),
+            bytes(150 * self.ranks * self.tensors),
+        )
+        (directory / TWIN_NAME).write_bytes(twin_bytes(index, pickled))
+        (directory / METADATA_NAME).write_bytes(pickled)
 
     def write_pickle(self, directory: Path) -> None:
         """Write the metadata as `dcp.save` does: a rank's chunks share the name of its file, and nothing else."""

@@ -100,7 +100,7 @@ class Samples:
         self.manifest = manifest
         self.good = {
             METADATA_NAME: (self.directory / METADATA_NAME).read_bytes(),
-            TWIN_NAME: twin_bytes(read_index(self.directory)),
+            TWIN_NAME: twin_bytes(read_index(self.directory), (self.directory / METADATA_NAME).read_bytes()),
             SHARD: (self.directory / SHARD).read_bytes(),
             MANIFEST_NAME: manifest.to_bytes(),
             WEIGHTS: save(state()["model"], {"format": "pt"}),

@@ -25,7 +25,8 @@ from ckpt_core import io
 from ckpt_core.errors import CheckpointError, DamagedError, NotACheckpointError, UntrustedError
 from ckpt_core.format import pickles
 from ckpt_core.format.cover import gap_or_overlap
-from ckpt_core.format.index import METADATA_NAME, TWIN_NAME, read_index, twin_bytes
+from ckpt_core.format.digests import ALGORITHM, digest_bytes
+from ckpt_core.format.index import METADATA_NAME, TWIN_NAME, TWIN_VERSION, read_index, twin_bytes
 from ckpt_core.io.metadata import to_index, to_metadata
 
 STATE = {
@@ -102,17 +103,45 @@ class TestReading:
         """The JSON twin that several ranks of ours write equals their pickle, and so does torch's reading of it."""
         gloo_ranks.values(gloo_ranks.run_ranks(2, save_sharded, str(tmp_path / "dcp"), True))
         twin = read_index(tmp_path / "dcp")
-        assert (tmp_path / "dcp" / TWIN_NAME).read_bytes() == twin_bytes(twin)
+        assert (tmp_path / "dcp" / TWIN_NAME).read_bytes() == twin_bytes(
+            twin, (tmp_path / "dcp" / METADATA_NAME).read_bytes()
+        )
         (tmp_path / "dcp" / TWIN_NAME).unlink()
         pickled = read_index(tmp_path / "dcp")
         assert twin == pickled == to_index(metadata_of(tmp_path / "dcp"))
         assert list(twin.tensors) == list(pickled.tensors)
 
-    def test_the_twin_comes_first(self, tmp_path):
-        """Where there is a twin, the pickle is not even opened."""
+    def test_a_bound_twin_comes_first(self, tmp_path):
+        """Where the twin names the digest of the metadata beside it, the pickle is not opened as one."""
         io.save({"w": torch.ones(2)}, tmp_path / "dcp", twin=True)
+        index = read_index(tmp_path / "dcp")
         (tmp_path / "dcp" / METADATA_NAME).write_bytes(b"no pickle")
-        assert list(read_index(tmp_path / "dcp").tensors) == ["w"]
+        (tmp_path / "dcp" / TWIN_NAME).write_bytes(twin_bytes(index, b"no pickle"))
+        assert read_index(tmp_path / "dcp") == index
+
+    @pytest.mark.parametrize("version", [1, 2])
+    def test_a_twin_of_an_older_save_is_not_read(self, tmp_path, caplog, version):
+        """After a stock save over the directory, which leaves the twin, all that is read is of the newer save."""
+        io.save({"model": {"w": torch.zeros(2), "old": torch.zeros(3)}}, tmp_path / "dcp", twin=True)
+        if version == 1:  # as it was before twins named a digest
+            twin = json.loads((tmp_path / "dcp" / TWIN_NAME).read_bytes()) | {"format_version": 1}
+            del twin["metadata"]
+            (tmp_path / "dcp" / TWIN_NAME).write_text(json.dumps(twin))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.save({"model": {"w": torch.ones(2)}}, checkpoint_id=tmp_path / "dcp")
+        assert list(read_index(tmp_path / "dcp").tensors) == ["model.w"]
+        assert version == 1 or "of an older save than .metadata" in caplog.text
+        assert io.read_state(tmp_path / "dcp")["model"]["w"].tolist() == [1, 1]
+
+    @pytest.mark.parametrize("level", ["model", "0123/model"])
+    def test_in_a_committed_step_such_a_twin_is_damage(self, tmp_path, level):
+        """Nothing overwrites a committed step: there both files must be of one save, in a bucket's layout too."""
+        io.save({"w": torch.zeros(2)}, tmp_path / level, twin=True)
+        (tmp_path / "manifest.json").write_text("{}")
+        assert list(read_index(tmp_path / level).tensors) == ["w"]
+        (tmp_path / level / METADATA_NAME).write_bytes(pickle.dumps(metadata_of(tmp_path / level), 2))
+        refused(tmp_path / level, DamagedError, "of another save than .metadata")
 
     def test_round_trip_through_torch(self, saved):
         """An index becomes torch's metadata, and that the same index."""
@@ -403,7 +432,7 @@ def test_contradictions_as_json(saved, tmp_path):
         directory = Path(shutil.copytree(saved, tmp_path / str(number)))
         rewrite(directory, change)
         try:
-            (directory / TWIN_NAME).write_text(json.dumps(_document(metadata_of(directory))))
+            (directory / TWIN_NAME).write_text(json.dumps(_document(directory)))
         except (TypeError, AttributeError, KeyError, ValueError, RecursionError):
             continue  # JSON cannot say this
         assert TWIN_NAME in refused(directory)
@@ -411,8 +440,9 @@ def test_contradictions_as_json(saved, tmp_path):
     assert told > len(LIES) / 2
 
 
-def _document(metadata):
+def _document(directory):
     """What a twin would say that believed everything."""
+    metadata = metadata_of(directory)
     spans = {
         (key.fqn, None if key.offset is None else tuple(key.offset)): (i.relative_path, i.offset, i.length)
         for key, i in metadata.storage_data.items()
@@ -429,7 +459,20 @@ def _document(metadata):
         if not isinstance(item, BytesStorageMetadata)
     }
     values = {name: spans[name, None] for name in metadata.state_dict_metadata if name not in tensors}
-    return {"format_version": 1, "tensors": tensors, "values": values, "paths": metadata.planner_data}
+    return {
+        **BOUND,
+        "metadata": _digest(directory),
+        "tensors": tensors,
+        "values": values,
+        "paths": metadata.planner_data,
+    }
+
+
+BOUND = {"format_version": TWIN_VERSION, "metadata": "DIGEST"}
+
+
+def _digest(directory):
+    return digest_bytes((directory / METADATA_NAME).read_bytes(), ALGORITHM)
 
 
 TWINS = {
@@ -438,17 +481,17 @@ TWINS = {
     "not UTF-8": b"\xff",
     "a list": b"[]",
     "null": b"null",
-    "another version": b'{"format_version": 2, "tensors": {}, "values": {}, "paths": {}}',
+    "another version": b'{"format_version": 3, "tensors": {}, "values": {}, "paths": {}}',
     "no version": b'{"tensors": {}, "values": {}, "paths": {}}',
-    "no tensors": b'{"format_version": 1, "values": {}, "paths": {}}',
-    "a list of tensors": b'{"format_version": 1, "tensors": [], "values": {}, "paths": {}}',
-    "a value of text": b'{"format_version": 1, "tensors": {}, "values": {"x": "abc"}, "paths": {}}',
-    "a path of text": b'{"format_version": 1, "tensors": {}, "values": {}, "paths": {"x": "abc"}}',
+    "no tensors": b'{"format_version": 2, "metadata": "DIGEST", "values": {}, "paths": {}}',
+    "a list of tensors": b'{"format_version": 2, "metadata": "DIGEST", "tensors": [], "values": {}, "paths": {}}',
+    "a value of text": b'{"format_version": 2, "metadata": "DIGEST", "tensors": {}, "values": {"x": "abc"}, "paths": {}}',
+    "a path of text": b'{"format_version": 2, "metadata": "DIGEST", "tensors": {}, "values": {}, "paths": {"x": "abc"}}',
     "nested a million deep": b"[" * 10**6,
     "a number of a million digits": b'{"format_version": ' + b"1" * 10**6 + b"}",
     "tensor and value": json.dumps(
         {
-            "format_version": 1,
+            **BOUND,
             "tensors": {"x": {"dtype": "int8", "shape": [1], "chunks": [[[0], [1], "f", 0, 9]]}},
             "values": {"x": ["f", 9, 9]},
             "paths": {},
@@ -460,7 +503,7 @@ TWINS = {
 @pytest.mark.parametrize("data", TWINS.values(), ids=list(TWINS))
 def test_bad_twins(directory, data):
     """A twin that is none is damaged: the pickle beside it is not asked instead."""
-    (directory / TWIN_NAME).write_bytes(data)
+    (directory / TWIN_NAME).write_bytes(data.replace(b"DIGEST", _digest(directory).encode()))
     assert TWIN_NAME in refused(directory)
 
 
