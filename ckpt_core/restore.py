@@ -91,9 +91,10 @@ def load_trainer(checkpoint: Checkpoint, rank: int, *, generators: bool) -> dict
     directory = checkpoint.component("trainer")
     if directory is None:
         return {}
+    state = trainer.load(directory)  # before any generator changes
     if generators:
         trainer.restore_generators(directory, rank)
-    return trainer.load(directory)
+    return state
 
 
 def check_records(checkpoint: Checkpoint, rank: int) -> None:

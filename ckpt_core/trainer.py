@@ -15,13 +15,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import safetensors
 import torch
-from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
 
-from ckpt_core import durable
+from ckpt_core import documents
 from ckpt_core.errors import DamagedError
+from ckpt_core.generators import read_generators
 
 if TYPE_CHECKING:
     from ckpt_core.urls import Place
@@ -46,33 +45,29 @@ def load(directory: Place) -> dict[str, Any]:
     """
     path = directory / STATE_NAME
     try:
-        return cast("dict[str, Any]", json.loads(path.read_bytes()))
+        return documents.read_object(path, _MAX_BYTES)
     except (OSError, ValueError) as error:
         raise DamagedError(f"{path}: not readable ({error}); restore a copy or load an older step.") from None
 
 
 def restore_generators(directory: Place, rank: int) -> bool:
-    """Set this rank's generators to what they were; tell whether the checkpoint has them for this rank.
+    """Set this rank's generators to what they were; return whether the checkpoint has them for this rank.
 
     A checkpoint that more ranks load than saved it has none for the last ones, which keep their own.
+
+    Raises:
+        DamagedError: a state is one that its generator never has; then none was set.
     """
     path = directory / rank_name(rank)
     if not path.exists():
         return False
-    try:
-        data = _read(path)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        _restore(from_safetensors(data), json.loads(header["__metadata__"]["generators"]))
-    except (safetensors.SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise DamagedError(f"{path}: not the state of generators ({error}); load an older step.") from None
+    stored = read_generators(path)
+    np.random.set_state(stored.numpy)
+    random.setstate(stored.python)
+    torch.set_rng_state(torch.from_numpy(stored.torch))
+    if stored.cuda is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(torch.from_numpy(stored.cuda))
     return True
-
-
-def _read(path: Place) -> bytes:
-    size = durable.file_size(path)
-    if size is None or size > _MAX_BYTES:
-        raise ValueError(f"expected a file of at most {_MAX_BYTES} bytes, found {size}")
-    return path.read_bytes()
 
 
 def rank_name(rank: int) -> str:
@@ -95,14 +90,3 @@ def _generators() -> bytes:
         "python": [version, python_gauss],
     }
     return to_safetensors(tensors, metadata={"generators": json.dumps(details)})
-
-
-def _restore(tensors: dict[str, torch.Tensor], details: dict[str, Any]) -> None:
-    position, has_gauss, gauss = details["numpy"]
-    version, python_gauss = details["python"]
-    keys = tensors["numpy"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", keys, position, has_gauss, gauss))
-    random.setstate((version, tuple(tensors["python"].tolist()), python_gauss))
-    torch.set_rng_state(tensors["torch"])
-    if "cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["cuda"])

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ckpt_core import durable
+from ckpt_core import documents, durable
 from ckpt_core.errors import CkptError
 from ckpt_core.export import plan_export
 from ckpt_core.export.assets import read_assets
@@ -14,6 +14,8 @@ from ckpt_core.export.carried import CONFIG_NAME
 from ckpt_core.format.index import METADATA_NAME
 from ckpt_core.format.manifest import MANIFEST_NAME, Manifest
 from ckpt_core.format.source import Source
+from ckpt_core.generators import read_generators
+from ckpt_core.hf_weights import SUFFIX
 from ckpt_core.store import open_checkpoint
 from ckpt_core.verify.dcp import DcpContents, elements_of, read_contents
 from ckpt_core.verify.report import Check, Report, run
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from ckpt_core.urls import Place
 
 MODEL = "model"
+_MAX_STATE_BYTES = 1 << 26
 
 
 def verify_dcp(directory: Place, work: Work) -> Report:
@@ -57,13 +60,31 @@ def _step_checks(root: Place, manifest: Manifest | None, work: Work) -> list[Che
         _check_unlisted(root, manifest, work)
         readings = _readings(root, manifest, contents, work)
     work.read(readings)
+    counted = _check_trainer(root, work)
     checks = [work.findings.check("manifest", detail)]
     if any(reading.digest for reading in readings):
         checks.append(work.findings.check("digests", f"{len(readings)} files as the manifest says"))
     checks += _dcp_checks(contents, work)
+    if counted or work.findings.problems["trainer"]:
+        checks.append(work.findings.check("trainer", f"{counted} files of counters and generators"))
     if (root / MODEL).is_dir() and (root / "assets" / CONFIG_NAME).is_file():
         checks.append(run("architecture", lambda: _fit(root)))
     return checks
+
+
+def _check_trainer(root: Place, work: Work) -> int:
+    """Check the counters and each rank's generators as a restore does; return how many files there are."""
+    directory = root / "trainer"
+    files = sorted(directory.iterdir(), key=lambda file: file.name) if directory.is_dir() else []
+    for file in files:
+        try:
+            if file.name.endswith(SUFFIX):
+                read_generators(file)
+            elif file.name.endswith(".json"):
+                documents.read_object(file, _MAX_STATE_BYTES)
+        except (CkptError, OSError, ValueError) as error:
+            work.findings.add("trainer", f"{file}: not readable ({error}); load an older step.")
+    return len(files)
 
 
 def _components(root: Place, work: Work) -> dict[str, DcpContents]:

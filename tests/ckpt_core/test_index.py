@@ -485,8 +485,8 @@ TWINS = {
     "no version": b'{"tensors": {}, "values": {}, "paths": {}}',
     "no tensors": b'{"format_version": 2, "metadata": "DIGEST", "values": {}, "paths": {}}',
     "a list of tensors": b'{"format_version": 2, "metadata": "DIGEST", "tensors": [], "values": {}, "paths": {}}',
-    "a value of text": b'{"format_version": 2, "metadata": "DIGEST", "tensors": {}, "values": {"x": "abc"}, "paths": {}}',
-    "a path of text": b'{"format_version": 2, "metadata": "DIGEST", "tensors": {}, "values": {}, "paths": {"x": "abc"}}',
+    "a value of text": json.dumps({**BOUND, "tensors": {}, "values": {"x": "abc"}, "paths": {}}).encode(),
+    "a path of text": json.dumps({**BOUND, "tensors": {}, "values": {}, "paths": {"x": "abc"}}).encode(),
     "nested a million deep": b"[" * 10**6,
     "a number of a million digits": b'{"format_version": ' + b"1" * 10**6 + b"}",
     "tensor and value": json.dumps(
