@@ -46,7 +46,7 @@ class HostBuffers:
         A tensor that occurs twice, as tied weights do, is copied once. The next call overwrites the copy.
         """
         copying = _Copying(self._held, self._streams)
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # a buffer made in inference mode could not be used again
             staged = copying.visit(state, ())
         copying.finish()
         self._held = copying.used

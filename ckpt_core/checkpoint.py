@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -136,7 +137,7 @@ class PyTorchCheckpoint(DataClassJsonMixin):
             lineage=lineage,
         )  # fmt: skip
         content = ranks.together(lambda: commit.live(described()))
-        saved = PyTorchCheckpoint(self.module, self.hyperparameters, self.optimizer)
+        saved = PyTorchCheckpoint(self.module, copy.deepcopy(self.hyperparameters), self.optimizer)
         saved._reference = refer(commit.commit(open_store(url), content))
         return saved
 
@@ -147,14 +148,22 @@ class PyTorchCheckpoint(DataClassJsonMixin):
         *,
         scheduler: Any | None = None,
         rng: bool = False,
+        prefix: str | None = None,
     ) -> dict[str, Any]:
         """Fill live objects with the saved state, at any number of ranks. Collective.
+
+        No optimizer step is taken for it, and no hook of one is called. Names, shapes, parameter groups, counters and
+        generators are read and compared, and the optimizer's and scheduler's state is read whole, before anything is
+        overwritten. The module's tensors are then read into their place: one that is damaged leaves the module with
+        part of the saved state, and the error says what was overwritten.
 
         Args:
             module: filled in place.
             optimizer: filled in place; needs `module`, whose parameters it updates, if it was saved with one.
             scheduler: filled in place, with the optimizer.
             rng: also set this rank's random number generators.
+            prefix: which part of the saved module is meant, such as `ema`: what the names of its tensors begin with.
+                Without it, a checkpoint in which several fit, or that has tensors of something else, is refused.
 
         Returns:
             The trainer's counters; empty if none were saved.
@@ -163,26 +172,32 @@ class PyTorchCheckpoint(DataClassJsonMixin):
             MismatchError (a ValueError): the state does not fit the objects.
             CheckpointError: there is no such state, or it is damaged or hostile.
         """
-        from ckpt_core import ranks, state_dicts
-        from ckpt_core.restore import check_records, load_model, load_optimizer, load_trainer
+        from ckpt_core import ranks
+        from ckpt_core.restore import ModelPlan, OptimizerPlan, check_records, fill, read_trainer
         from ckpt_core.state import OptimizerState
 
         if scheduler is not None and optimizer is None:
             raise ArgumentError("restore: a scheduler's state goes with its optimizer's; give the optimizer too.")
         checkpoint = ranks.together(self._stored)
+
+        def plan() -> tuple[ModelPlan | None, OptimizerPlan | None]:
+            check_records(checkpoint, ranks.rank())
+            model, state = None, None
+            if module is not None:
+                model = ModelPlan.make(module, self._component(checkpoint, "model"), prefix)
+            elif optimizer is not None and checkpoint.component("model") is not None:
+                raise ArgumentError("restore: this optimizer was saved by its module's names; give the module too.")
+            if optimizer is not None:
+                live, directory = OptimizerState(module, optimizer, scheduler), self._component(checkpoint, "optimizer")
+                state = OptimizerPlan.make(live, directory, model.part if model else "")
+            return model, state
+
         with ExitStack() as held:
             ranks.together(lambda: held.enter_context(checkpoint.lease()))
-            ranks.together(lambda: check_records(checkpoint, ranks.rank()))
-            if module is not None:
-                load_model(module, self._component(checkpoint, "model"))
-                if optimizer is not None:
-                    state = OptimizerState(module, optimizer, scheduler)
-                    load_optimizer(state, self._component(checkpoint, "optimizer"))
-            elif optimizer is not None:
-                if checkpoint.component("model") is not None:
-                    raise ArgumentError("restore: this optimizer was saved by its module's names; give the module too.")
-                state_dicts.load_optimizer(optimizer, scheduler, self._component(checkpoint, "optimizer"))
-            return ranks.together(lambda: load_trainer(checkpoint, ranks.rank(), generators=rng))
+            plans = ranks.together(plan)
+            counters, generators = ranks.together(lambda: read_trainer(checkpoint, ranks.rank(), rng=rng))
+            fill(*plans, generators)
+            return counters
 
     def __getitem__(self, key: str) -> Any:
         if key == MODULE_KEY:
@@ -359,9 +374,9 @@ class PyTorchCheckpoint(DataClassJsonMixin):
         return path
 
     def _state(self, attribute: str, component: str) -> Any:
-        """Return a state dict: of the live object, or else of the store's."""
+        """Return a state dict: the committed step's, or the live object's where nothing was saved yet."""
         live = getattr(self, attribute)
-        if live is not None:
+        if self._reference is None and live is not None:
             return live.state_dict()
         if self._reference is None or getattr(self._reference, attribute) is None:
             raise KeyError(f"{attribute}_state_dict: this checkpoint has no {attribute}.")
@@ -374,7 +389,7 @@ class PyTorchCheckpoint(DataClassJsonMixin):
             directory = self._component(checkpoint, component)
             if component == "model":
                 return state_dicts.read_model(directory)
-            return state_dicts.read_optimizer(directory)[0]
+            return state_dicts.read_optimizer(directory)
 
 
 def collect(

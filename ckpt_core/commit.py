@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ckpt_core import durable, io, ranks, trainer
 from ckpt_core.errors import ArgumentError, CommitError
 from ckpt_core.format.manifest import FileRecord, Manifest, record_bytes
-from ckpt_core.state import MODEL_KEY, OPTIMIZER_KEY, ModelState, OptimizerState, storable
+from ckpt_core.state import MODEL_KEY, OPTIMIZER_KEY, ModelState, OptimizerState
 
 if TYPE_CHECKING:
     import torch
@@ -155,12 +155,7 @@ def _model(parts: Parts, *, offload: bool) -> dict[str, Any]:
 def _optimizer(parts: Parts, *, offload: bool) -> dict[str, Any]:
     """Return the optimizer's state by the names of the module's parameters, or by number without a module."""
     assert parts.optimizer is not None
-    if parts.module is not None:
-        return OptimizerState(parts.module, parts.optimizer, parts.scheduler).content(offload=offload)
-    optim = parts.optimizer.state_dict()
-    optim["state"] = {str(number): state for number, state in optim["state"].items()}
-    sched = {} if parts.scheduler is None else {"sched": parts.scheduler.state_dict()}
-    return storable({"optim": optim, **sched}, OPTIMIZER_KEY)
+    return OptimizerState(parts.module, parts.optimizer, parts.scheduler).content(offload=offload)
 
 
 def _configs(module: torch.nn.Module | None) -> dict[str, bytes]:

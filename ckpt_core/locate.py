@@ -66,24 +66,79 @@ def find_dcp(path: Place) -> Place:
     raise NotACheckpointError(f"{path}: no DCP checkpoint in it; {hint}.")
 
 
-def find_prefix(index: Index, names: Iterable[str], where: str) -> str:
+def find_prefix(index: Index, names: Iterable[str], where: str, prefix: str | None = None) -> str:
     """Return what the checkpoint's names of a model have before the model's own: `model.`, nothing, or other.
 
+    Args:
+        index: what the checkpoint holds.
+        names: the model's tensors.
+        where: the checkpoint, for errors.
+        prefix: the user's choice, with or without its last dot; below `model.`, that may be left out. Tensors that are
+            not the model's are then left unread. Without a choice, there must be none but what frameworks keep beside
+            a model.
+
     Raises:
-        MismatchError: no prefix makes the names meet.
+        MismatchError: no prefix makes the names meet, more than one does, or tensors would be left unread.
     """
     names = list(names)
-    if not names:
-        return ""
-    probe = max(names, key=len)
     stored = {*index.tensors, *index.values}
-    prefixes = [name.removesuffix(probe) for name in sorted(stored) if name.endswith(probe)]
-    complete = [p for p in prefixes if all(p + name in stored for name in names)]
+    complete = sorted(p for p in _prefixes(stored, names) if all(p + name in stored for name in names))
+    if prefix is not None:
+        return _chosen(prefix, complete, names, where)
     if not complete:
-        prefix = prefixes[0] if prefixes else ""
-        missing = [name for name in names if prefix + name not in stored]
+        missing = _fewest_missing(stored, names)
         raise MismatchError(
             f"{where}: lacks {len(missing)} of the model's {len(names)} tensors, such as {', '.join(missing[:3])}; it "
             f"holds {', '.join(sorted(stored)[:3])}, ... Is it a checkpoint of this architecture?"
         )
-    return min(complete, key=len)
+    left = {p: left_over(index, p, names) for p in complete}
+    clean = [p for p in complete if not left[p]]
+    if len(clean) == 1:
+        return clean[0]
+    if len(complete) > 1:
+        raise MismatchError(
+            f"{where}: holds more than one model that fits: {', '.join(map(_shown, complete))}; choose one by `prefix`."
+        )
+    [only], [unread] = complete, left.values()
+    raise MismatchError(
+        f"{where}: holds {len(unread)} tensors that the model does not have, such as {', '.join(unread[:3])}; load it "
+        f"into the model that it was saved from, or give prefix={_shown(only)} to leave them unread."
+    )
+
+
+def left_over(index: Index, prefix: str, names: Iterable[str]) -> list[str]:
+    """Return the tensors of a checkpoint that are neither the model's nor what frameworks keep beside one."""
+    above = prefix[: prefix[:-1].rfind(".") + 1]  # `app.model.` stands beside `app.optimizer.`
+    own = {prefix + name for name in names}
+    return [name for name in index.tensors if name not in own and not _is_beside(name.removeprefix(above))]
+
+
+def _is_beside(name: str) -> bool:
+    return is_training_state(name) or "_extra_state" in name.split(".")
+
+
+def _prefixes(stored: Iterable[str], names: list[str]) -> set[str]:
+    """Return what may stand before the model's names: what stands before the longest of them."""
+    if not names:
+        return {next((f"{MODEL_LEVELS[0]}." for name in stored if name.startswith(f"{MODEL_LEVELS[0]}.")), "")}
+    probe = max(names, key=len)
+    found = {name.removesuffix(probe) for name in stored if name == probe or name.endswith("." + probe)}
+    return {prefix for prefix in found if not (prefix and is_training_state(prefix))}
+
+
+def _fewest_missing(stored: set[str], names: list[str]) -> list[str]:
+    tries = [[name for name in names if p + name not in stored] for p in {"", *_prefixes(stored, names)}]
+    return min(tries, key=len)
+
+
+def _chosen(prefix: str, complete: list[str], names: list[str], where: str) -> str:
+    asked = prefix.removesuffix(".") + "." if prefix else ""
+    for known in (asked, f"{MODEL_LEVELS[0]}.{asked}"):
+        if known in complete:
+            return known
+    found = f"of those that fit, it has {', '.join(map(_shown, complete))}" if complete else "no other prefix fits"
+    raise MismatchError(f"{where}: holds no tensors of the model's {len(names)} below prefix {prefix!r}; {found}.")
+
+
+def _shown(prefix: str) -> str:
+    return repr(prefix.removesuffix("."))

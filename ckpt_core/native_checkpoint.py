@@ -20,7 +20,7 @@ from ckpt_core import durable, io, ranks
 from ckpt_core.errors import ArgumentError
 from ckpt_core.locate import find_dcp
 from ckpt_core.placement import Part, place
-from ckpt_core.restore import load_model, load_optimizer
+from ckpt_core.restore import ModelPlan, OptimizerPlan, fill
 from ckpt_core.state import MODEL_KEY, OPTIMIZER_KEY, ModelState, OptimizerState
 from ckpt_core.urls import place_of
 
@@ -72,8 +72,14 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer | None = None,
     scheduler: Any | None = None,
     optimizer_path: str | None = None,
+    *,
+    prefix: str | None = None,
 ) -> None:
     """Load a model and, where given, its optimizer with scheduler, at any number of ranks. Collective.
+
+    Names, shapes and parameter groups are compared, and the optimizer's and scheduler's state is read whole, before
+    anything is overwritten. The model's tensors are then read into their place: a damaged one leaves the model with
+    part of what was loaded, and the error says so.
 
     Args:
         model: filled in place.
@@ -82,6 +88,8 @@ def load_checkpoint(
         optimizer: filled in place.
         scheduler: filled in place, where the checkpoint has one.
         optimizer_path: the optimizer's DCP directory.
+        prefix: which model of several in `weights_path` is meant, such as `ema`: what its names begin with. Without it,
+            a checkpoint with more than one that fits, or with tensors of something else, is refused.
 
     Raises:
         ValueError: `optimizer_path` is missing, or the checkpoint is damaged, hostile or of another model.
@@ -89,9 +97,12 @@ def load_checkpoint(
     """
     if optimizer is not None and optimizer_path is None:
         raise ArgumentError("optimizer_path: missing, and there is an optimizer to load; give its directory.")
-    load_model(model, ranks.together(lambda: find_dcp(place_of(weights_path))))
+    weights = ranks.together(lambda: ModelPlan.make(model, find_dcp(place_of(weights_path)), prefix))
+    state = None
     if optimizer is not None:
-        load_optimizer(OptimizerState(model, optimizer, scheduler), place_of(str(optimizer_path)))
+        live, path = OptimizerState(model, optimizer, scheduler), place_of(str(optimizer_path))
+        state = ranks.together(lambda: OptimizerPlan.make(live, path, weights.part))
+    fill(weights, state)
 
 
 def convert_dcp_to_hf(

@@ -5,16 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ckpt_core import io
-from ckpt_core.errors import MismatchError
-from ckpt_core.format.index import Keys, read_index
-from ckpt_core.io.nesting import nest
-from ckpt_core.restore import like
 from ckpt_core.state import MODEL_KEY, OPTIMIZER_KEY, UNUSED_KEY
 
 if TYPE_CHECKING:
@@ -26,44 +21,17 @@ def read_model(directory: Place) -> dict[str, Any]:
     return _read(directory).get(MODEL_KEY, {})
 
 
-def read_optimizer(directory: Place) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Read an optimizer as `torch.optim.Optimizer.state_dict` gives it, and its scheduler's state if it has one."""
+def read_optimizer(directory: Place) -> dict[str, Any]:
+    """Read an optimizer as `torch.optim.Optimizer.state_dict` gives it."""
     saved: dict[str, Any] = _read(directory)[OPTIMIZER_KEY]
     optim: dict[str, Any] = saved["optim"]
     if UNUSED_KEY in saved:
         optim = {**optim, "state": {}}
-    return _numbered(optim), saved.get("sched")
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, scheduler: Any | None, directory: Place) -> None:
-    """Fill an optimizer, and its scheduler, that was saved without its module: by the numbers of its parameters.
-
-    Raises:
-        MismatchError: it has other groups.
-    """
-    optim, sched = read_optimizer(directory)
-    try:
-        optimizer.load_state_dict(optim)
-    except ValueError as error:
-        raise MismatchError(f"{directory}: {error}; load it into the optimizer that it was saved from.") from None
-    if sched is not None and scheduler is not None:
-        scheduler.load_state_dict(like(scheduler.state_dict(), sched))
+    return _numbered(optim)
 
 
 def _read(directory: Place) -> dict[str, Any]:
-    device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    return _in_saved_order(io.read_state(directory, device), read_index(directory).paths, str(directory))
-
-
-def _in_saved_order(state: dict[str, Any], paths: Mapping[str, Keys], where: str) -> dict[str, Any]:
-    """Return a nested state dict with its keys in the order in which they were saved."""
-    flat: dict[str, Any] = {}
-    for name, path in paths.items():
-        value: Any = state
-        for key in path:
-            value = value[key]
-        flat[name] = value
-    return nest(flat, paths, where) if flat else state
+    return io.read_state(directory, "cuda:0" if torch.cuda.is_available() else "cpu")
 
 
 def _numbered(optim: dict[str, Any]) -> dict[str, Any]:
@@ -74,7 +42,6 @@ def _numbered(optim: dict[str, Any]) -> dict[str, Any]:
     for group in groups:
         group["params"] = [number[name] for name in group["params"]]
     stored = {str(name): state for name, state in optim.get("state", {}).items()}
-    return {
-        "state": {number[name]: stored[str(name)] for name in names if str(name) in stored},
-        "param_groups": groups,
-    }
+    others = {key: value for key, value in optim.items() if key not in {"state", "param_groups"}}
+    state = {number[name]: stored.pop(str(name)) for name in names if str(name) in stored}
+    return {"state": {**state, **stored}, "param_groups": groups, **others}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -50,24 +50,27 @@ def load(directory: Place) -> dict[str, Any]:
         raise DamagedError(f"{path}: not readable ({error}); restore a copy or load an older step.") from None
 
 
-def restore_generators(directory: Place, rank: int) -> bool:
-    """Set this rank's generators to what they were; return whether the checkpoint has them for this rank.
+def stored_generators(directory: Place, rank: int) -> Callable[[], None] | None:
+    """Read this rank's generators, and return what sets the live ones; None where the checkpoint has none for it.
 
     A checkpoint that more ranks load than saved it has none for the last ones, which keep their own.
 
     Raises:
-        DamagedError: a state is one that its generator never has; then none was set.
+        DamagedError: a state is one that its generator never has.
     """
     path = directory / rank_name(rank)
     if not path.exists():
-        return False
+        return None
     stored = read_generators(path)
-    np.random.set_state(stored.numpy)
-    random.setstate(stored.python)
-    torch.set_rng_state(torch.from_numpy(stored.torch))
-    if stored.cuda is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(torch.from_numpy(stored.cuda))
-    return True
+
+    def restore() -> None:
+        np.random.set_state(stored.numpy)
+        random.setstate(stored.python)
+        torch.set_rng_state(torch.from_numpy(stored.torch))
+        if stored.cuda is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(torch.from_numpy(stored.cuda))
+
+    return restore
 
 
 def rank_name(rank: int) -> str:
@@ -81,7 +84,7 @@ def _generators() -> bytes:
     tensors = {
         "torch": torch.get_rng_state(),
         "numpy": torch.from_numpy(keys.astype(np.int64)),
-        "python": torch.tensor(python_keys, dtype=torch.int64),
+        "python": torch.tensor(python_keys, dtype=torch.int64, device="cpu"),
     }
     if torch.cuda.is_available():
         tensors["cuda"] = torch.cuda.get_rng_state()

@@ -22,6 +22,7 @@ from ckpt_core import ranks
 from ckpt_core.errors import CheckpointError, CkptError, CommitError, MismatchError
 from ckpt_core.format.index import Index, check_files, read_index
 from ckpt_core.format.manifest import FileRecord
+from ckpt_core.io.containers import unpack
 from ckpt_core.io.nesting import nest
 from ckpt_core.io.reader import SafeLoadPlanner, SafeReader, load_value
 from ckpt_core.io.writer import DigestWriter
@@ -58,7 +59,7 @@ def save(
         Size and digest of each file that this rank wrote and digested, by file name.
     """
     writer = DigestWriter(directory, twin=twin, digest=digest)
-    with _plain_errors(CommitError):
+    with _plain_errors(CommitError), torch.device("cpu"):  # not the default device of the caller's own code
         _save_state_dict(
             state_dict=state_dict,
             storage_writer=writer,
@@ -69,7 +70,7 @@ def save(
 
 
 def read_state(directory: Place, device: str = "cpu") -> dict[str, Any]:
-    """Read all that a DCP directory holds, whatever it is, as the nested dict that was saved."""
+    """Read all that a DCP directory holds, whatever it is, as the nested dict that was saved, in its order."""
     index = read_index(directory)
     check_files(directory, index)
     flat: dict[str, Any] = {
@@ -78,11 +79,15 @@ def read_state(directory: Place, device: str = "cpu") -> dict[str, Any]:
     }
     flat.update(dict.fromkeys(index.values))
     _read(flat, SafeReader(directory, index), SafeLoadPlanner(directory))
-    return nest(flat, index.paths, str(directory))
+    place = {name: place for place, name in enumerate(index.paths)}
+    ordered = dict(sorted(flat.items(), key=lambda item: place.get(item[0], len(place))))
+    state = nest(ordered, index.paths, str(directory))
+    parts = {name: unpack(part, f"{directory}: {name}") for name, part in state.items() if isinstance(part, dict)}
+    return state | parts
 
 
 def _read(state_dict: dict[str, Any], reader: SafeReader, planner: SafeLoadPlanner) -> None:
-    with _plain_errors(MismatchError):
+    with _plain_errors(MismatchError), torch.device("cpu"):  # not the default device of the caller's own code
         _load_state_dict(state_dict=state_dict, storage_reader=reader, planner=planner, no_dist=True)
 
 

@@ -38,7 +38,7 @@ def read_box(file: Source, payload: Payload, target: torch.Tensor, offsets: Shap
     whole, straight, found = tuple(target.shape) == shape, _is_straight(target, payload), 0
     for first, rows in _pieces(target, payload):
         box = target.narrow(0, first, rows)
-        buffer = box if straight else torch.empty(box.shape, dtype=getattr(torch, payload.dtype))
+        buffer = box if straight else torch.empty(box.shape, dtype=getattr(torch, payload.dtype), device="cpu")
         runs = box_runs(shape, (offsets[0] + first, *offsets[1:]), tuple(box.shape))
         if whole:
             [(start, _, _)] = runs

@@ -8,7 +8,8 @@ from typing import Any, cast
 from ckpt_core.errors import DamagedError
 from ckpt_core.format.index import Keys
 
-_MAX_HOLES = 16  # torch leaves empty dicts in lists out; a number in a path must not make a list of any length
+_MAX_HOLES = 16  # DCP leaves empty dicts in lists out; a number in a path must not make a list of any length
+_MAX_DEPTH = 200  # no state is so deep; deeper ones would exhaust the interpreter's stack
 
 
 class _Node(dict[str | int, Any]):
@@ -24,6 +25,11 @@ def nest(flat: Mapping[str, Any], paths: Mapping[str, Keys], where: str) -> dict
     root = _Node()
     for name, value in flat.items():
         *parents, last = paths.get(name, (name,))
+        if len(parents) > _MAX_DEPTH:
+            raise DamagedError(
+                f"{where}: {name:.80} lies {len(parents)} levels deep, expected at most {_MAX_DEPTH}; restore a copy "
+                "of the checkpoint."
+            )
         node = root
         for key in parents:
             node = node.setdefault(key, _Node())
@@ -47,4 +53,4 @@ def _plain(node: Any, where: str) -> Any:
     length = max(numbers) + 1
     if len(numbers) < len(items) or length > 2 * len(items) + _MAX_HOLES:
         raise DamagedError(f"{where}: a list of {length} with {len(items)} items; restore a copy of the checkpoint.")
-    return [items.get(number) for number in range(length)]
+    return [items.get(number, {}) for number in range(length)]

@@ -52,7 +52,7 @@ class TestSignatures:
         optimizer = ["optimizer=None", "scheduler=None", "optimizer_path=None"]
         expected = {
             "save_checkpoint": ["model", "weights_path", *optimizer, "tokenizer=None", "tokenizer_path=None"],
-            "load_checkpoint": ["model", "weights_path", *optimizer],
+            "load_checkpoint": ["model", "weights_path", *optimizer, "prefix=None"],
             "convert_dcp_to_hf": [
                 "dcp_ckpt_path",
                 "hf_ckpt_path",
@@ -68,7 +68,10 @@ class TestSignatures:
             signature = inspect.signature(getattr(native_checkpoint, name))
             found = [p.name if p.default is p.empty else f"{p.name}={p.default}" for p in signature.parameters.values()]
             assert found == arguments, name
-            assert {p.kind for p in signature.parameters.values()} == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
+            ours = {p.name for p in signature.parameters.values() if p.kind == inspect.Parameter.KEYWORD_ONLY}
+            assert ours == ({"prefix"} if name == "load_checkpoint" else set())
+            kinds = {p.kind for p in signature.parameters.values() if p.name not in ours}
+            assert kinds == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
         assert inspect.signature(save_checkpoint).return_annotation == "None"
         assert inspect.signature(native_checkpoint.convert_dcp_to_hf).return_annotation == "str"
 
@@ -344,7 +347,7 @@ class TestOtherWriters:
     def test_what_stands_beside_the_model_is_no_part_of_it(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """A directory of torchtitan's, with optimizer and counters, loads; the log tells of unknown tensors."""
+        """A directory of torchtitan's, with optimizer and counters, loads; unknown tensors are refused, or logged."""
         model, optimizer, _ = training()
         state = {**model.state_dict(), "optimizer": OptimizerState(model, optimizer).state_dict()["optim"]}
         stock_save({**state, "train_state": {"step": torch.tensor(3)}}, tmp_path / "a")
@@ -353,16 +356,48 @@ class TestOtherWriters:
         assert_same(snapshot(other), snapshot(model))
         assert [record for record in caplog.records if record.name.startswith("ckpt_core")] == []
         stock_save({**model.state_dict(), "odd": torch.zeros(1)}, tmp_path / "b")
-        load_checkpoint(other, str(tmp_path / "b"))
+        before = snapshot(other)
+        with pytest.raises(MismatchError, match=r"odd.*prefix=''"):
+            load_checkpoint(other, str(tmp_path / "b"))
+        assert_same(snapshot(other), before)
+        load_checkpoint(other, str(tmp_path / "b"), prefix="")
         assert "odd" in caplog.text
 
     def test_a_part_of_a_larger_model_loads(self, tmp_path: Path) -> None:
-        """A model whose names stand deeper in the checkpoint is filled from there."""
+        """A model whose names stand deeper in the checkpoint is filled from there, if the caller says so."""
         whole = nn.ModuleDict({"trunk": layers(), "head": nn.Linear(1, 1)})
         save_checkpoint(whole, str(tmp_path / "w"))
         other = layers(seed=1)
-        load_checkpoint(other, str(tmp_path / "w"))
+        with pytest.raises(MismatchError, match=r"head\.weight.*prefix='model.trunk'"):
+            load_checkpoint(other, str(tmp_path / "w"))
+        load_checkpoint(other, str(tmp_path / "w"), prefix="trunk")
         assert_same(snapshot(other), snapshot(whole["trunk"]))
+
+    @pytest.mark.parametrize("names", [("model", "ema"), ("policy", "ref"), ("actor", "ref")], ids="+".join)
+    @pytest.mark.parametrize("below", [None, "model", "app.state"])
+    def test_which_of_two_models_is_meant_is_never_guessed(
+        self, tmp_path: Path, names: tuple[str, str], below: str | None
+    ) -> None:
+        """Two models that fit are refused, and both are named; the argument chooses one."""
+        two = nn.ModuleDict({name: layers(seed) for seed, name in enumerate(names)})
+        state: dict[str, Any] = dict(two.state_dict())
+        for key in reversed(below.split(".") if below else []):
+            state = {key: state}
+        stock_save(state, tmp_path / "w")
+        other = layers(seed=7)
+        before = snapshot(other)
+        with pytest.raises(MismatchError, match=rf"{min(names)}'.*{max(names)}'.*`prefix`"):
+            load_checkpoint(other, str(tmp_path / "w"))
+        assert_same(snapshot(other), before)
+        for name in names:
+            full = ".".join(filter(None, [below, name]))
+            load_checkpoint(other, str(tmp_path / "w"), prefix=name if below == "model" else full)
+            assert_same(snapshot(other), snapshot(two[name]))
+        with pytest.raises(MismatchError, match=f"{names[0]}x"):
+            load_checkpoint(other, str(tmp_path / "w"), prefix=f"{names[0]}x")
+        both = nn.ModuleDict({name: layers(seed + 5) for seed, name in enumerate(names)})
+        load_checkpoint(both, str(tmp_path / "w"))
+        assert_same(snapshot(both), snapshot(two))
 
     def test_a_step_of_a_store_is_a_checkpoint_too(self, tmp_path: Path) -> None:
         """load_checkpoint reads the model and optimizer of a step that PyTorchCheckpoint committed."""
