@@ -102,7 +102,7 @@ def load_checkpoint(
     if optimizer is not None:
         live, path = OptimizerState(model, optimizer, scheduler), place_of(str(optimizer_path))
         state = ranks.together(lambda: OptimizerPlan.make(live, path, weights.part))
-    fill(weights, state)
+    fill(weights, state, None)
 
 
 def convert_dcp_to_hf(

@@ -50,9 +50,7 @@ _ROOTS: tuple[Keys, ...] = ((OPTIMIZER_KEY, "optim"), (OPTIMIZER_KEY,), ("optimi
 _log = logging.getLogger(__name__)
 
 
-def fill(
-    model: ModelPlan | None, optimizer: OptimizerPlan | None, generators: Callable[[], None] | None = None
-) -> None:
+def fill(model: ModelPlan | None, optimizer: OptimizerPlan | None, generators: Callable[[], None] | None) -> None:
     """Collective: put what was planned into the live objects.
 
     The optimizer's and scheduler's state is read whole before anything live is touched. Then the module's tensors are
@@ -73,9 +71,8 @@ def fill(
         with _tell_overwritten(touched, "the optimizer or its scheduler, in part"):
             ranks.together(optimizer.apply)
         touched.append("the optimizer")
-    if generators is not None:
-        with _tell_overwritten(touched, "the random number generators, in part"):
-            ranks.together(generators)
+    with _tell_overwritten(touched, "the random number generators, in part"):
+        ranks.together(lambda: generators and generators())  # a rank that did not save has none
 
 
 @contextmanager
