@@ -43,9 +43,11 @@ def _change(directory, change):
 def test_what_is_drawn_next_comes_back(stored):
     """Generators go on where they were, kept halves of normal pairs included."""
     directory, expected = stored
-    assert trainer.restore_generators(directory, 0)
+    restore = trainer.stored_generators(directory, 0)
+    assert restore is not None
+    restore()
     assert _draw() == expected
-    assert not trainer.restore_generators(directory, 1)
+    assert trainer.stored_generators(directory, 1) is None
 
 
 def test_a_state_at_each_end_is_one_that_generators_have(stored):
@@ -60,7 +62,7 @@ def test_a_state_at_each_end_is_one_that_generators_have(stored):
             np.random.randint(1 << 20)
             random.getrandbits(20)
         (directory / "rank_00000.safetensors").write_bytes(trainer.content({}, 0)["rank_00000.safetensors"])
-        assert trainer.restore_generators(directory, 0)
+        assert trainer.stored_generators(directory, 0) is not None
 
 
 def _torch_head(left, seeded, following):
@@ -119,7 +121,7 @@ def test_impossible_states(stored, change):
     _change(directory, change)
     before = random.getstate(), np.random.get_state()[2:], torch.get_rng_state().tolist()
     with pytest.raises(DamagedError, match="rank_00000"):
-        trainer.restore_generators(directory, 0)
+        trainer.stored_generators(directory, 0)
     assert before == (random.getstate(), np.random.get_state()[2:], torch.get_rng_state().tolist())
 
 
