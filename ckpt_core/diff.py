@@ -1,19 +1,21 @@
-"""How two checkpoints or exports differ, tensor by tensor, read in blocks: memory does not grow with their size."""
+"""Differences of two checkpoints or exports, tensor by tensor, read in blocks: memory does not grow with their size."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ckpt_core.distance import Distance, measure, same_bits, varies
-from ckpt_core.errors import MismatchError
-from ckpt_core.locate import OTHER_COMPONENTS
-from ckpt_core.tensors import HfTensors, StoredTensors, TensorFacts, open_tensors
+from ckpt_core.errors import CkptError, MismatchError
+from ckpt_core.locate import is_training_state
+from ckpt_core.tensors import DcpTensors, HfTensors, PlannedTensors, StoredTensors, TensorFacts, open_tensors
 
 if TYPE_CHECKING:
+    from ckpt_core.export import Assets
     from ckpt_core.urls import Place
 
 Status = Literal["equal", "differs", "dtype", "shape", "only in a", "only in b", "tied"]
@@ -65,17 +67,52 @@ def diff(a: str | Place, b: str | Place) -> Diff:
     """Compare the tensors of two checkpoints (a step's model), DCP directories or exports, in any combination.
 
     Of an export and a DCP directory, names are compared without the prefix that a wrapper put before them, and what a
-    framework keeps beside the model is left aside. Values that are no tensors are not compared.
+    framework keeps beside the model is left aside. Where that is not enough, the checkpoint is compared as what its
+    export would be, if there is a config to tell that. Values that are no tensors are not compared.
 
     Raises:
         NotACheckpointError: there is neither a checkpoint nor an export at one of them.
         MismatchError: two names of a checkpoint are one without the prefix.
         CheckpointError: one is damaged or hostile.
     """
-    with open_tensors(a) as first, open_tensors(b) as second:
-        sides = _Sides(first, second)
-        names = sorted(sides.first_names.keys() | sides.second_names.keys())
-        return Diff(str(first.place), str(second.place), sides.prefix, tuple(map(sides.compare, names)))
+    with open_tensors(a) as first, open_tensors(b) as second, ExitStack() as opened:
+        found = None
+        if isinstance(first, HfTensors) == isinstance(second, HfTensors):
+            return _Sides(first, second).diff()
+        try:
+            plain = _Sides(first, second)
+        except MismatchError:
+            plain = None
+        if plain and plain.meet:
+            found = plain.diff()
+            if found.equal:
+                return found
+        planned = [_planned(one, other, opened) for one, other in ((first, second), (second, first))]
+        if any(each and (each.rearranged or not found) for each in planned):
+            return _Sides(planned[0] or first, planned[1] or second).diff()
+        return found or (plain or _Sides(first, second)).diff()
+
+
+def _planned(checkpoint: StoredTensors, export: StoredTensors, opened: ExitStack) -> PlannedTensors | None:
+    """Return a checkpoint's tensors as those of its export; None if there is no config to tell that, or of another."""
+    if not isinstance(checkpoint, DcpTensors):
+        return None
+    from ckpt_core.export import plan_export
+
+    here = checkpoint.place
+    for place in (export.place, here / "assets", here.parent / "assets"):
+        with suppress(CkptError):
+            assets = replace(_assets(place), names=tuple(export.facts))
+            return opened.enter_context(PlannedTensors(here, plan_export(here, assets)))
+    return None
+
+
+def _assets(place: Place) -> Assets:
+    from ckpt_core.export.adapter_config import adapter_assets, find_adapter_config
+    from ckpt_core.export.assets import read_assets
+
+    adapter = find_adapter_config(place)
+    return adapter_assets(adapter) if adapter else read_assets(place, trust_remote_code=True)  # none is run
 
 
 class _Sides:
@@ -84,16 +121,29 @@ class _Sides:
     def __init__(self, first: StoredTensors, second: StoredTensors) -> None:
         self.first, self.second, self.prefix = first, second, ""
         self.mixed = isinstance(first, HfTensors) != isinstance(second, HfTensors)
-        if self.mixed:
+        planned = next((side for side in (first, second) if isinstance(side, PlannedTensors)), None)
+        if planned:
+            self.prefix = planned.prefix
+        elif self.mixed:
             stored, export = (second, first) if isinstance(first, HfTensors) else (first, second)
             self.prefix = _prefix(stored.facts, export.facts)
         self.first_names, self.second_names = self._names(first), self._names(second)
 
+    @property
+    def meet(self) -> bool:
+        """Whether both have tensors of the same names."""
+        return self.first_names.keys() == self.second_names.keys()
+
+    def diff(self) -> Diff:
+        """Compare them."""
+        names = sorted(self.first_names.keys() | self.second_names.keys())
+        return Diff(str(self.first.place), str(self.second.place), self.prefix, tuple(map(self.compare, names)))
+
     def _names(self, side: StoredTensors) -> dict[str, str]:
         """Return the names of a side's tensors by those to compare."""
-        if not self.mixed or isinstance(side, HfTensors):
+        if not self.mixed or not isinstance(side, DcpTensors):
             return {name: name for name in side.facts}
-        return _without_prefix(self.prefix, [n for n in side.facts if not n.startswith(OTHER_COMPONENTS)], side.place)
+        return _without_prefix(self.prefix, [n for n in side.facts if not is_training_state(n)], side.place)
 
     def compare(self, name: str) -> TensorDiff:
         """Return how a tensor differs."""
@@ -118,8 +168,10 @@ class _Sides:
         matrices of one number, are equal by chance.
         """
         facts = side.facts[names[name]]
+        if isinstance(side, PlannedTensors) and names[name] in side.ties:
+            return "tied" if same_bits(side.blocks(names[name]), side.blocks(side.ties[names[name]])) else otherwise
         matrix = len(facts.shape) > 1 and varies(side.blocks(names[name]))
-        if not self.mixed or isinstance(side, HfTensors) or not matrix:
+        if not self.mixed or not isinstance(side, DcpTensors) or not matrix:
             return otherwise
         alike = [
             names[both]

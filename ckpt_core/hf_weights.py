@@ -1,14 +1,16 @@
-"""The weights of a Hugging Face directory: one safetensors file, or several with an index that says what lies where."""
+"""Weights of a Hugging Face directory: one safetensors file, several with an index, or each rank's parts of tensors."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ckpt_core.durable import file_size
 from ckpt_core.errors import DamagedError, NotACheckpointError, UntrustedError
+from ckpt_core.format.cover import Shape, gap_or_overlap
 from ckpt_core.safetensors_header import StoredTensor, read_header
 
 if TYPE_CHECKING:
@@ -21,6 +23,26 @@ _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _MAX_INDEX_BYTES = 1 << 28
 
 
+@dataclass(frozen=True, slots=True)
+class HfTensor:
+    """A tensor of a Hugging Face directory, in one file or in parts."""
+
+    code: str
+    """Element type by its name in safetensors, such as `BF16`."""
+
+    dtype: str | None
+    """Element type by torch's name; None where several elements share a byte."""
+
+    shape: Shape
+    parts: tuple[tuple[str, Shape, StoredTensor], ...]
+    """Of each part its file, where it begins in the tensor, and what lies there."""
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return sum(tensor.nbytes for _, _, tensor in self.parts)
+
+
 @dataclass(frozen=True)
 class HfWeights:
     """The tensors of a Hugging Face directory, by the file that holds them."""
@@ -31,10 +53,18 @@ class HfWeights:
     files: Mapping[str, Mapping[str, StoredTensor]]
     """By the file's name in the directory, then by the tensor's."""
 
-    @property
-    def tensors(self) -> dict[str, tuple[str, StoredTensor]]:
-        """Return each tensor with the name of its file."""
-        return {name: (file, tensor) for file, tensors in self.files.items() for name, tensor in tensors.items()}
+    @cached_property
+    def tensors(self) -> dict[str, HfTensor]:
+        """Return each tensor.
+
+        Raises:
+            DamagedError: several files hold one, and not as parts that make it up.
+        """
+        parts: dict[str, list[tuple[str, StoredTensor]]] = {}
+        for file, tensors in self.files.items():
+            for name, tensor in tensors.items():
+                parts.setdefault(name, []).append((file, tensor))
+        return {name: _tensor(name, found, self.place) for name, found in parts.items()}
 
     @property
     def nbytes(self) -> int:
@@ -59,12 +89,13 @@ def read_weights(place: Place) -> HfWeights:
     if indexes:
         weights = HfWeights(place, _indexed(place, indexes[0]))
         _check_one_meant(weights, indexes[0], names)
+        _ = weights.tensors  # an index says where a tensor is, not that it is whole
         return weights
     files = [name for name in names if name.endswith(SUFFIX)]
     if not files:
         raise _none(place, names)
     weights = HfWeights(place, {name: read_header(place / name) for name in files})
-    _check_once(place, weights)
+    _ = weights.tensors  # without an index nothing else says that all is there
     return weights
 
 
@@ -144,12 +175,26 @@ def _check_one_meant(weights: HfWeights, index: str, names: Iterable[str]) -> No
         )
 
 
-def _check_once(place: Place, weights: HfWeights) -> None:
-    tensors = weights.tensors
-    for file, names in weights.files.items():
-        for name in names:
-            if tensors[name][0] != file:
-                raise DamagedError(
-                    f"{place}: {name} lies in {file} and in {tensors[name][0]}, and there is no index to say which is "
-                    "meant; take one of them away."
-                )
+def _tensor(name: str, parts: Sequence[tuple[str, StoredTensor]], place: Place) -> HfTensor:
+    """Return the tensor that parts make up."""
+    file, first = parts[0]
+    placed = tuple((file, part.begin or (0,) * len(part.shape), part) for file, part in parts)
+    if len(parts) > 1 and any(part.begin is None for _, part in parts):
+        raise DamagedError(
+            f"{place}: {name} lies in {file} and in {parts[1][0]}, and nothing says which is meant, or that they are "
+            "parts of it; give a directory that holds it once."
+        )
+    if any((part.code, len(part.shape)) != (first.code, len(first.shape)) for _, part in parts):
+        raise DamagedError(f"{place}: the parts of {name} differ in type; restore all files of one save.")
+    shape = tuple(max(ends) for ends in zip(*(_end(begin, part) for _, begin, part in placed), strict=True))
+    problem = gap_or_overlap(shape, [(begin, part.shape) for _, begin, part in placed])
+    if problem:
+        raise DamagedError(
+            f"{place}: {name}, of which {', '.join(dict.fromkeys(file for file, _ in parts))} hold parts, is not there "
+            f"once and whole ({problem}); restore the files of all ranks, of one save."
+        )
+    return HfTensor(first.code, first.dtype, shape, placed)
+
+
+def _end(begin: Shape, part: StoredTensor) -> Shape:
+    return tuple(at + size for at, size in zip(begin, part.shape, strict=True))

@@ -6,7 +6,7 @@ import json
 import math
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from ckpt_core.durable import file_size
@@ -24,6 +24,7 @@ MAX_TENSORS = 100_000
 _MAX_ENTRY_BYTES = 2048
 MAX_RANK = 64
 _MAX = 1 << 62
+_SHARDING_KEY = "DCP_SHARDING_INFO"
 _LENGTH = struct.Struct("<Q")
 
 _DTYPES = {code: name for name, code in dtypes.SAFETENSORS.items()} | {"F8_E8M0": "float8_e8m0fnu"}
@@ -40,6 +41,9 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    begin: tuple[int, ...] | None = None
+    """Where it begins in the whole tensor, in a file that holds parts of tensors as torch's distributed savers write
+    them; None elsewhere."""
 
     @property
     def dtype(self) -> str | None:
@@ -98,10 +102,14 @@ def _without_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _tensors(document: dict[str, Any], begin: int, nbytes: int) -> dict[str, StoredTensor]:
-    _check_metadata(document.pop("__metadata__", {}))
+    metadata = document.pop("__metadata__", {})
+    _check_metadata(metadata)
     if len(document) > MAX_TENSORS:
         raise ValueError(f"{len(document)} tensors, expected at most {MAX_TENSORS}")
     tensors = {name: _tensor(name, entry, begin) for name, entry in document.items()}
+    if _SHARDING_KEY in metadata:
+        parts = json.loads(metadata[_SHARDING_KEY])
+        tensors = {name: replace(tensor, begin=_begin(name, tensor, parts)) for name, tensor in tensors.items()}
     ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)))
     position = begin
     for name, tensor in ordered.items():
@@ -136,6 +144,13 @@ def _tensor(name: str, entry: dict[str, Any], begin: int) -> StoredTensor:
     if bits % 8 or stop - start != bits // 8:
         raise ValueError(f"{name} has {stop - start} bytes, and {code} {list(shape)} needs {bits / 8:g}")
     return StoredTensor(code, shape, begin + start, stop - start)
+
+
+def _begin(name: str, tensor: StoredTensor, parts: dict[str, Any]) -> tuple[int, ...]:
+    begin = _numbers(parts[name]["saved_offsets"])
+    if len(begin) != len(tensor.shape):
+        raise ValueError(f"{name} of shape {list(tensor.shape)} begins at {list(begin)} of the whole")
+    return begin
 
 
 def _numbers(value: Any) -> tuple[int, ...]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -10,12 +12,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ckpt_core.durable import file_size
 from ckpt_core.errors import NotACheckpointError
 from ckpt_core.export import stream
-from ckpt_core.export.recipe import copy_of
-from ckpt_core.export.stored import DcpStored
-from ckpt_core.format.index import Index, check_files, read_index
+from ckpt_core.export.recipe import Recipe, copy_of
+from ckpt_core.export.stored import DcpStored, HfStored
+from ckpt_core.format import dtypes
+from ckpt_core.format.index import Index, Shape, TensorEntry, check_files, read_index
 from ckpt_core.format.manifest import MANIFEST_NAME
-from ckpt_core.format.source import Source, open_source, read_into
-from ckpt_core.hf_weights import HfWeights, has_weights, read_weights
+from ckpt_core.format.source import read_into
+from ckpt_core.hf_weights import HfTensor, HfWeights, has_weights, read_weights
 from ckpt_core.locate import find_dcp
 from ckpt_core.store import open_checkpoint
 from ckpt_core.urls import place_of
@@ -23,6 +26,7 @@ from ckpt_core.urls import place_of
 if TYPE_CHECKING:
     import torch
 
+    from ckpt_core.export.plan import Plan
     from ckpt_core.urls import Place
 
 BLOCK_BYTES = 8 << 20
@@ -123,19 +127,72 @@ class DcpTensors:
             yield elements.view(getattr(torch, entry.dtype))
 
 
+class PlannedTensors:
+    """The tensors of a DCP directory as those of its export, by their names there; with second names of tied ones."""
+
+    def __init__(self, directory: Place, plan: Plan) -> None:
+        self.place = directory
+        self.prefix = plan.prefix
+        self.rearranged = any(
+            not o.recipe.straight or o.recipe.sources[0] != plan.prefix + o.name for o in plan.outputs
+        )
+        """Whether the export has other names than the checkpoint, or other tensors."""
+
+        self.ties: dict[str, str] = {}
+        """The name of the kept tensor of each one that is stored a second time."""
+
+        self.facts: dict[str, TensorFacts] = {}
+        self._recipes: dict[str, tuple[Recipe, str]] = {}
+        self._stored = DcpStored(directory, plan.tensors)
+        read = Counter[str]()
+        for piece in (piece for output in plan.outputs for piece in output.recipe.pieces):
+            read[piece.source] += math.prod(piece.sizes)
+        for output in plan.outputs:
+            entries = [plan.tensors[source] for source in output.recipe.sources]
+            # Of a tensor with rows that an export leaves out the shape is told as it is stored.
+            whole = all(read[s] == math.prod(plan.tensors[s].shape) for s in output.recipe.sources)
+            self._add(output.name, output.recipe, output.stored, output.shape if whole else entries[0].shape, entries)
+        for tie in plan.ties:
+            name, entry = tie.source.removeprefix(plan.prefix), plan.tensors[tie.source]
+            kept = next(o.name for o in plan.outputs if tie.kept in o.recipe.sources)
+            if name not in self.facts:
+                self._add(name, copy_of(tie.source, entry.shape), entry.dtype, entry.shape, [entry])
+                self.ties[name] = kept
+
+    def _add(self, name: str, recipe: Recipe, dtype: str, shape: Shape, entries: Sequence[TensorEntry]) -> None:
+        nbytes = math.prod(shape) * dtypes.ITEMSIZE[dtype]
+        files = tuple(chunk.span.file for entry in entries for chunk in entry.chunks)
+        self.facts[name] = TensorFacts(dtype, shape, nbytes, files)
+        self._recipes[name] = recipe, dtype
+
+    def __enter__(self) -> PlannedTensors:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stored.__exit__()
+
+    def blocks(self, name: str) -> Iterator[torch.Tensor]:
+        """Yield the elements of a tensor, flat and in row-major order, in blocks."""
+        import torch
+
+        recipe, dtype = self._recipes[name]
+        for block in stream.blocks(self._stored, recipe, dtype):
+            elements: Any = torch.from_numpy(block)  # pyright: ignore[reportUnknownMemberType] - partly annotated
+            yield elements.view(getattr(torch, dtype))
+
+
 class HfTensors:
     """The tensors of a Hugging Face directory."""
 
     def __init__(self, weights: HfWeights, held: ExitStack) -> None:
         self.place = weights.place
         self.weights = weights
-        self._tensors = weights.tensors
         self.facts = {
-            name: TensorFacts(tensor.dtype or tensor.code, tensor.shape, tensor.nbytes, (file,))
-            for name, (file, tensor) in self._tensors.items()
+            name: TensorFacts(each.dtype or each.code, each.shape, each.nbytes, tuple(file for file, *_ in each.parts))
+            for name, each in weights.tensors.items()
         }
         self._opened = held
-        self._sources: dict[str, Source] = {}
+        self._files: HfStored | None = None
 
     def __enter__(self) -> HfTensors:
         return self
@@ -147,13 +204,22 @@ class HfTensors:
         """Yield the elements of a tensor, flat and in order, in blocks; as bytes where torch has no such type."""
         import torch
 
-        file, tensor = self._tensors[name]
-        for start in range(0, tensor.nbytes, BLOCK_BYTES):
-            data = memoryview(bytearray(min(BLOCK_BYTES, tensor.nbytes - start)))
-            read_into(self._source(file), tensor.offset + start, data, f"{self.place / file}: {name}")
-            yield torch.frombuffer(data, dtype=getattr(torch, tensor.dtype or "uint8"))
+        if self._files is None:
+            self._files = self._opened.enter_context(HfStored(self.weights))
+        tensor = self.weights.tensors[name]
+        if tensor.dtype is None:
+            yield from self._bytes(name, tensor)
+            return
+        for block in stream.blocks(self._files, copy_of(name, tensor.shape), tensor.dtype):
+            elements: Any = torch.from_numpy(block)  # pyright: ignore[reportUnknownMemberType] - partly annotated
+            yield elements.view(getattr(torch, tensor.dtype))
 
-    def _source(self, file: str) -> Source:
-        if file not in self._sources:
-            self._sources[file] = self._opened.enter_context(open_source(self.place / file))
-        return self._sources[file]
+    def _bytes(self, name: str, tensor: HfTensor) -> Iterator[torch.Tensor]:
+        import torch
+
+        assert self._files
+        [(file, _, part)] = tensor.parts  # torch saves no parts of such types
+        for start in range(0, part.nbytes, BLOCK_BYTES):
+            data = memoryview(bytearray(min(BLOCK_BYTES, part.nbytes - start)))
+            read_into(self._files.source(file), part.offset + start, data, f"{self.place / file}: {name}")
+            yield torch.frombuffer(data, dtype=torch.uint8)

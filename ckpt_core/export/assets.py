@@ -35,6 +35,9 @@ class Assets:
     rules: tuple[str, ...] = ()
     """What a plan says of weights that are carried as they are, and of what is left out."""
 
+    names: Sequence[str] = ()
+    """Of the tensors of the file that the model was loaded from, whose form an export is to have; empty if unknown."""
+
 
 def read_assets(directory: Place, *, trust_remote_code: bool = False) -> Assets:
     """Read the assets in `directory`: of a checkpoint, or of any Hugging Face directory.

@@ -173,7 +173,7 @@ def _check_twins(weights: HfWeights, intake: Intake) -> None:
     tensors = weights.tensors
     with HfStored(weights) as stored:
         for twin, kept in intake.twins:
-            (_, one), (_, other) = tensors[twin], tensors[kept]
+            one, other = tensors[twin], tensors[kept]
             check_same(stored, (twin, str(one.dtype), one.shape), (kept, str(other.dtype), other.shape))
 
 

@@ -15,14 +15,14 @@ from ckpt_core.export.hf_names import HfNames, match_names
 from ckpt_core.export.names import Table
 from ckpt_core.export.plan import Output, cast_rules, rearranged
 from ckpt_core.export.recipe import Recipe, copy_of
+from ckpt_core.export.regions import seen_in
 from ckpt_core.export.trace import inverted
 from ckpt_core.export.weight_conversions import DEFAULT_FORM, FileForm
 from ckpt_core.format import dtypes
 from ckpt_core.format.index import Shape
 
 if TYPE_CHECKING:
-    from ckpt_core.hf_weights import HfWeights
-    from ckpt_core.safetensors_header import StoredTensor
+    from ckpt_core.hf_weights import HfTensor, HfWeights
 
 
 @dataclass(frozen=True)
@@ -79,21 +79,23 @@ def plan_intake(
     def match(architecture: Architecture) -> tuple[bool, tuple[Architecture, HfNames]]:
         names = match_names(stored, architecture, table, where)
         for exported, name in names.exported.items():
-            _check_fits(name, stored[name][1], architecture.recipes[exported].shape, architecture.name, where)
+            _check_fits(name, stored[name], architecture.recipes[exported].shape, architecture.name, where)
         for own, name in names.own.items():
-            _check_fits(name, stored[name][1], architecture.shapes[own], architecture.name, where)
+            _check_fits(name, stored[name], architecture.shapes[own], architecture.name, where)
         return not names.exact, (architecture, names)
 
     architecture, names = choose_class(config, match, dtype, (form, DEFAULT_FORM), where)
     for twin, kept in names.twins:
-        _check_fits(twin, stored[twin][1], stored[kept][1].shape, architecture.name, where)
+        _check_fits(twin, stored[twin], stored[kept].shape, architecture.name, where)
     kept = {name: shape for name, shape in architecture.shapes.items() if name not in architecture.unsaved}
     whole = {name: shape for name, shape in kept.items() if name not in architecture.ties}
     recipes = {
         name: copy_of(names.own[name], whole[name]) if name in names.own else _of_stored(recipe, names.exported)
         for name, recipe in inverted(architecture.recipes, whole).items()
     }
-    types = {name: str(tensor.dtype) for name, (_, tensor) in stored.items()}
+    in_parts = {name: tensor.shape or (1,) for name, tensor in stored.items() if len(tensor.parts) > 1}
+    recipes = {n: seen_in(r, in_parts) if in_parts.keys() & {*r.sources} else r for n, r in recipes.items()}
+    types = {name: str(tensor.dtype) for name, tensor in stored.items()}
     outputs = [_output(name, recipes, types, architecture, dtype, where) for name in kept]
     rules = [*names.rules]
     rules += [
@@ -107,16 +109,17 @@ def plan_intake(
     return Intake(architecture.name, list(architecture.shapes), outputs, computed, layouts, names.twins, tuple(rules))
 
 
-def _check_fits(name: str, tensor: StoredTensor, shape: Shape, architecture: str, where: str) -> None:
+def _check_fits(name: str, tensor: HfTensor, shape: Shape, architecture: str, where: str) -> None:
     if tensor.dtype is None:
         raise MismatchError(
             f"{where}: {name} is of {tensor.code}, several elements to a byte, which no checkpoint holds; import the "
             "weights from before they were quantized."
         )
     if tensor.shape != shape:
+        missing = ", or the file of a rank is missing" if len(tensor.parts) > 1 else ""
         raise MismatchError(
             f"{where}: {name} has shape {tensor.shape}, {architecture} with this config has {shape} there; the config "
-            "is of another model."
+            f"is of another model{missing}."
         )
 
 

@@ -69,7 +69,7 @@ def _plan_of_model(index: Index, assets: Assets, settings: dict[str, Any]) -> Pl
                 return _distance(plan := make_plan(index, architecture.as_stored(), **settings), index, 1), plan
             raise
 
-    form = FileForm(record=assets.files.get(RECORD_NAME))
+    form = FileForm(assets.names, assets.files.get(RECORD_NAME))
     forms = (form, DEFAULT_FORM) if form != DEFAULT_FORM else (form,)
     return choose_class(assets.config, match, settings["dtype"], forms, settings["where"])
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from operator import mul
 from typing import NamedTuple
 
 from ckpt_core.export.recipe import Piece, Recipe
@@ -146,15 +147,32 @@ class Grid:
         return self.shape[axis]
 
 
-def as_recipe(shape: Shape, taken: Sequence[tuple[str, Grid, Region]]) -> Recipe:
+def as_recipe(shape: Shape, taken: Sequence[tuple[str, Grid, Region]], layout: Shape | None = None) -> Recipe:
     """Return the recipe of a tensor from regions of its sources.
 
     Args:
         shape: the tensor's.
         taken: names and grids of the sources, and of each a region that `boxes` leaves whole.
+        layout: the recipe's; None takes the coarsest that there is.
     """
     merged = [(name, grid, _merged(region, grid)) for name, grid, region in taken]
-    layout = Grid(_layout(shape, [region for _, _, region in merged]))
+    return _as_recipe(shape, merged, Grid(layout or _layout(shape, [region for _, _, region in merged])))
+
+
+def seen_in(recipe: Recipe, shapes: Mapping[str, Shape]) -> Recipe:
+    """Return a recipe that sees its sources in other shapes of the same elements in row-major order."""
+    to = row_major(recipe.layout)
+    taken: list[tuple[str, Grid, Region]] = []
+    for piece in recipe.pieces:
+        by, grid = row_major(piece.view), Grid(shapes[piece.source])
+        walks = zip(piece.sizes, to, piece.axes, strict=True)
+        loops = (Loop(size, step, 0 if axis is None else by[axis]) for size, step, axis in walks if size > 1)
+        region = Region(sum(map(mul, piece.offsets, to)), sum(map(mul, piece.start, by)), tuple(loops))
+        taken += ((piece.source, grid, box) for box in grid.boxes(region))
+    return as_recipe(recipe.shape, taken, recipe.layout)
+
+
+def _as_recipe(shape: Shape, merged: Sequence[tuple[str, Grid, Region]], layout: Grid) -> Recipe:
     pieces: list[Piece] = []
     for name, grid, region in merged:
         for turned in layout.boxes(region.turned()):

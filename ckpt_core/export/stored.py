@@ -96,11 +96,11 @@ class DcpStored(_Files):
 
 
 class HfStored(_Files):
-    """The tensors of a Hugging Face directory: each one box of one file, in row-major order, without a CRC32.
+    """The tensors of a Hugging Face directory: boxes of files in row-major order, without a CRC32.
 
     Args:
         weights: what the directory holds.
-        layouts: shapes in which recipes see tensors, where those are not the tensors' own.
+        layouts: shapes in which recipes see tensors, where those are not the tensors' own; of tensors in one part.
     """
 
     def __init__(self, weights: HfWeights, layouts: Mapping[str, Shape] | None = None) -> None:
@@ -112,13 +112,15 @@ class HfStored(_Files):
         return self
 
     def boxes(self, name: str) -> list[Box]:
-        """Return the tensor as one box."""
-        file, tensor = self._tensors[name]
-        shape = self._layouts.get(name) or tensor.shape or (1,)
-        return [Box((0,) * len(shape), shape, file)]
+        """Return the parts of a tensor."""
+        parts = self._tensors[name].parts
+        if len(parts) == 1:
+            [(file, _, part)] = parts
+            shape = self._layouts.get(name) or part.shape or (1,)
+            return [Box((0,) * len(shape), shape, file)]
+        return [Box(begin or (0,), part.shape or (1,), file) for file, begin, part in parts]
 
-    def payload(self, name: str, number: int) -> Payload:  # noqa: ARG002 - there is only one
-        """Return where the tensor's elements lie."""
-        _, tensor = self._tensors[name]
-        stride = row_major(tensor.shape)
-        return Payload(tensor.offset, tensor.nbytes, 0, str(tensor.dtype), tensor.shape, stride, 0)
+    def payload(self, name: str, number: int) -> Payload:
+        """Return where the elements of a part lie."""
+        _, _, part = self._tensors[name].parts[number]
+        return Payload(part.offset, part.nbytes, 0, str(part.dtype), part.shape, row_major(part.shape), 0)

@@ -121,6 +121,6 @@ def _weights_checks(weights: HfWeights | None, chosen: Chosen, work: Work) -> li
     if weights is None:
         return [work.structure_check("")]
     elements = sum(math.prod(tensor.shape) for tensors in chosen.values() for tensor in tensors.values())
-    count = sum(len(tensors) for tensors in weights.files.values())
-    structure = work.structure_check(f"{count} tensors, {weights.nbytes:,} bytes in {len(weights.files)} files")
+    said = f"{len(weights.tensors)} tensors, {weights.nbytes:,} bytes in {len(weights.files)} files"
+    structure = work.structure_check(said)
     return [structure, work.values_check(elements)]

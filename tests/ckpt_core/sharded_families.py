@@ -6,8 +6,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from small_transformers import model_of
 from torch import nn
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -43,6 +45,15 @@ def save(directory: Path, jobs: Iterable[tuple[str, str]], mesh: Mesh) -> None:
             _divide_matrices(model, axes["tensor"])
         _divide_rows(model, axes["fsdp"])
         save_checkpoint(model, str(place_of(directory, name, dtype)))
+
+
+def save_safetensors(directory: Path, names: Iterable[str]) -> None:
+    """Save models by torch's writer of safetensors: each rank a file, with its rows of each tensor."""
+    for name in names:
+        model = build(name, "float32")
+        _divide_rows(model, init_device_mesh("cpu", (dist.get_world_size(),)))
+        writer = HuggingFaceStorageWriter(str(directory / name), save_distributed=True)
+        dcp.save(model.state_dict(), storage_writer=writer)
 
 
 def train_on(config: Path, imported: Path, target: Path) -> None:

@@ -9,12 +9,16 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
-from small_transformers import model_of, tokenizer
+from small_adapters import adapted, adapter_directory
+from small_transformers import checkpoint_of, model_of, tokenizer
 
 from ckpt_core import PyTorchCheckpoint, open_checkpoint
 from ckpt_core.diff import Diff, TensorDiff, diff
 from ckpt_core.errors import MismatchError, NotACheckpointError, UntrustedError
-from ckpt_core.export import convert_checkpoint
+from ckpt_core.export import convert, convert_checkpoint
+from ckpt_core.export.assets import read_assets
+from ckpt_core.export.imports import import_hf
+from ckpt_core.native_checkpoint import save_checkpoint
 from ckpt_core.retention import Retention
 from ckpt_core.store import open_store
 from ckpt_core.tensors import open_tensors
@@ -101,6 +105,57 @@ def test_a_step_and_its_export(made: Path) -> None:
         assert found.prefix == "model."
         assert by_name(found)["lm_head.weight"].status == "tied"
         assert by_name(found)["model.norm.weight"].status == "equal"
+
+
+@pytest.mark.parametrize("name", ["mixtral", "llava", "gemma3 with images", "bert", "t5", "marian", "granite hybrid"])
+def test_a_checkpoint_and_an_export_that_is_rearranged(tmp_path: Path, name: str) -> None:
+    """Experts that are fused, other names, computed positions and tied biases: an export is its checkpoint's equal."""
+    model = model_of(name)
+    directory, assets = checkpoint_of(model, tmp_path / "saved")
+    export = convert(directory, tmp_path / "export", assets=assets).path
+    imported = import_hf(export, tmp_path / "imported").path
+    for checkpoint in (directory, imported):
+        for a, b in ((checkpoint, export), (export, checkpoint)):
+            found = diff(a, b)
+            assert found.equal, found.counts
+            assert found.counts["equal"] == len(load_file(export / "model.safetensors"))
+
+
+def test_one_expert_that_differs(tmp_path: Path) -> None:
+    """Of experts that are fused in the checkpoint the one that changed is named, and one that is missing."""
+    directory, assets = checkpoint_of(model_of("mixtral"), tmp_path / "saved")
+    export = convert(directory, tmp_path / "export", assets=assets).path
+    state = load_file(export / "model.safetensors")
+    changed, gone = (f"model.layers.1.block_sparse_moe.experts.{n}.w2.weight" for n in (1, 2))
+    state[changed][0, 0] += 1
+    del state[gone]
+    save_file(state, export / "model.safetensors")
+    found = diff(directory, export)
+    assert found.counts == {"equal": len(state) - 1, "differs": 1, "only in a": 1}
+    assert by_name(found)[changed].distance.differing == 1
+    assert by_name(found)[gone].status == "only in a"
+
+
+def test_rows_that_an_export_lacks(tmp_path: Path) -> None:
+    """An embedding that was trimmed is of another shape, whatever else of the model is rearranged."""
+    model = model_of("mixtral")
+    _, assets = checkpoint_of(model, tmp_path / "saved")
+    state = model.state_dict()
+    padded = {n: torch.cat([t, torch.ones(8, 16)]) for n, t in state.items() if t.shape[:1] == (40,)}
+    directory = save_dcp({"model": {**state, **padded}}, tmp_path / "dcp")
+    found = diff(directory, convert(directory, tmp_path / "export", assets=assets).path)
+    assert {name for name, tensor in by_name(found).items() if tensor.status == "shape"} == {*padded}
+    assert {tensor.status for tensor in found.tensors} == {"shape", "equal"}
+
+
+def test_an_adapter_and_its_export(tmp_path: Path) -> None:
+    """Of a model with a LoRA adapter, the adapter is compared with what PEFT's format has of it."""
+    model = adapted("llama whole")
+    save_checkpoint(model, str(tmp_path / "dcp"))
+    assets = read_assets(adapter_directory(model, tmp_path / "assets"))
+    export = convert(tmp_path / "dcp", tmp_path / "export", assets=assets).path
+    found = diff(tmp_path / "dcp", export)
+    assert found.counts == {"equal": len(load_file(export / "adapter_model.safetensors"))}
 
 
 def test_an_open_step_is_leased(tmp_path: Path) -> None:

@@ -7,9 +7,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from small_models import assert_same
 
 from ckpt_core.errors import CkptError, DamagedError, NotACheckpointError, UntrustedError
 from ckpt_core.hf_weights import has_weights, read_weights
+from ckpt_core.summary import summarize
+from ckpt_core.tensors import open_tensors
+from ckpt_core.verify import verify
 
 INDEX = "model.safetensors.index.json"
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -34,7 +38,7 @@ def test_shards(sharded: Path) -> None:
     """Each tensor is found with its file; a stale file that the index does not name is left aside."""
     save_file({"z": torch.ones(1)}, sharded / "consolidated.safetensors")
     weights = read_weights(sharded)
-    assert {name: file for name, (file, _) in weights.tensors.items()} == MAP
+    assert {name: tensor.parts[0][0] for name, tensor in weights.tensors.items()} == MAP
     assert weights.nbytes == 24
 
 
@@ -131,3 +135,77 @@ def test_one_file(sharded: Path) -> None:
     assert not has_weights(sharded / "none.safetensors")
     with pytest.raises(CkptError):
         read_weights(sharded / "none.safetensors")
+
+
+Placed = dict[str, tuple[torch.Tensor, Any]]
+
+
+def save_parts(directory: Path, *ranks: Placed) -> Path:
+    """Write what each rank has of tensors, and where it begins, as torch's HuggingFaceStorageWriter does."""
+    directory.mkdir(exist_ok=True)
+    for number, parts in enumerate(ranks, start=1):
+        information = json.dumps({name: {"saved_offsets": begin} for name, (_, begin) in parts.items()})
+        tensors = {name: tensor.contiguous() for name, (tensor, _) in parts.items()}
+        file = directory / f"shard-{number:05d}-model-00001-of-00001.safetensors"
+        save_file(tensors, file, metadata={"DCP_SHARDING_INFO": information, "DCP_VERSION": "1.0", "format": "pt"})
+    return directory
+
+
+A = torch.arange(24.0).reshape(6, 4)
+
+
+class TestParts:
+    """Files of ranks that each hold parts of tensors."""
+
+    def test_make_up_tensors(self, tmp_path: Path) -> None:
+        """Rows, columns and blocks of a tensor, and what one rank holds whole, are read as whole tensors."""
+        ranks: list[Placed] = [
+            {"rows": (A[:4], [0, 0]), "blocks": (A[:4, :1], [0, 0]), "number": (torch.tensor(5.0), [])},
+            {"rows": (A[4:], [4, 0]), "blocks": (A[4:, :1], [4, 0]), "columns": (A[:, :3], [0, 0])},
+            {"blocks": (A[:, 1:], [0, 1]), "columns": (A[:, 3:], [0, 3])},
+        ]
+        with open_tensors(save_parts(tmp_path, *ranks)) as tensors:
+            found = {name: torch.cat(list(tensors.blocks(name))).reshape(f.shape) for name, f in tensors.facts.items()}
+            assert [len(tensors.facts[name].files) for name in ("rows", "blocks", "columns", "number")] == [2, 3, 2, 1]
+        assert_same(dict(sorted(found.items())), {"blocks": A, "columns": A, "number": torch.tensor(5.0), "rows": A})
+        assert verify(tmp_path).passed
+        assert summarize(tmp_path).dtypes == {"float32": {"tensors": 4, "bytes": 4 * (3 * 24 + 1)}}
+
+    @pytest.mark.parametrize(
+        ("ranks", "said"),
+        [
+            ([{"a": (A[:2], [0, 0])}, {"a": (A[4:], [4, 0])}], "restore the files of all ranks"),
+            ([{"a": (A[4:], [4, 0])}], "restore the files of all ranks"),
+            ([{"a": (A[:4], [0, 0])}, {"a": (A[3:], [3, 0])}], "restore the files of all ranks"),
+            ([{"a": (A, [0, 0])}, {"a": (A, [0, 0])}], "restore the files of all ranks"),
+            ([{"a": (A[:4], [0, 0])}, {"a": (A[4:].half(), [4, 0])}], "differ in type"),
+            ([{"a": (A[:4], [0, 0])}, {"a": (A[4:].reshape(8), [4])}], "differ in type"),
+            ([{"a": (A, [0])}], "begins at"),
+            ([{"a": (A, [0, -1])}], "no list of sizes"),
+            ([{"a": (A, [0, 1 << 70])}], "no list of sizes"),
+            ([{"a": (A, "00")}], "no list of sizes"),
+        ],
+    )
+    def test_that_do_not(self, tmp_path: Path, ranks: list[Placed], said: str) -> None:
+        """A part that is missing, there twice, of another type, or nowhere is damage; deleting is not advised."""
+        with pytest.raises(DamagedError, match=said) as error:
+            read_weights(save_parts(tmp_path, *ranks))
+        assert "delete" not in str(error.value)
+        assert "take" not in str(error.value)
+
+    @pytest.mark.parametrize(
+        "information", ["", "[]", "{", '{"b": {}}', '{"a": {}}', '{"a": []}', "9" * 5000, "[" * 9000]
+    )
+    def test_of_a_broken_record(self, tmp_path: Path, information: str) -> None:
+        """A file whose record of its parts is none is damage."""
+        file = tmp_path / "shard-00001-model-00001-of-00001.safetensors"
+        save_file({"a": A}, file, metadata={"DCP_SHARDING_INFO": information})
+        with pytest.raises(DamagedError, match="not a sound safetensors file"):
+            read_weights(tmp_path)
+
+    def test_and_whole_tensors(self, tmp_path: Path) -> None:
+        """A tensor that is there in parts and whole is refused: which is meant is not known."""
+        save_parts(tmp_path, {"a": (A[:4], [0, 0])}, {"a": (A[4:], [4, 0])})
+        save_file({"a": A}, tmp_path / "consolidated.safetensors")
+        with pytest.raises(DamagedError, match="nothing says which is meant"):
+            read_weights(tmp_path)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sharded_families
 import torch
 import transformers
 from gloo_ranks import fork, run_ranks, values
@@ -22,6 +23,8 @@ from object_stores import s3_server  # noqa: F401 - a fixture
 from safetensors.torch import load_file, save_file
 from small_models import assert_same
 from small_transformers import MODELS, model_of, read_json, save_pretrained, tokenizer
+from test_hf_weights import Placed, save_parts
+from tiny_models import small_config, small_model
 from tracing import CHANGING, can_trace, kill_everywhere
 
 from ckpt_core import cli, errors, io
@@ -307,6 +310,12 @@ class TestNames:
         refused(errors.MismatchError, "fit none of .*T5Model", source, tmp_path / "out" / "dcp")
 
 
+def copy_config(source: Path, target: Path) -> Path:
+    """Give a directory the config of another one."""
+    (target / "config.json").write_bytes((source / "config.json").read_bytes())
+    return target
+
+
 FUSED = ["mixtral", "qwen3 moe", "deepseek v3", "llava", "gemma3 with images", "granite hybrid"]
 """Models that transformers stores under other names than their own, or in other parts."""
 
@@ -332,6 +341,41 @@ class TestForms:
 
         made = import_hf(copy_with(usual, tmp_path / "hf", change), tmp_path / "dcp")
         expected = import_hf(usual, tmp_path / "expected")
+        assert_same(state_of(made.path), state_of(expected.path))
+
+    def test_what_ranks_wrote_in_parts(self, tmp_path: Path) -> None:
+        """Safetensors of two ranks, each with its rows of each tensor, become the checkpoint of the whole model."""
+        names = ["llama", "mixtral"]
+        values(run_ranks(2, sharded_families.save_safetensors, tmp_path, names))
+        for name in names:
+            model = model_of(name)
+            made = import_hf(
+                copy_config(save_pretrained(model, tmp_path / f"{name} whole"), tmp_path / name),
+                tmp_path / f"{name} dcp",
+            )
+            assert_same(state_of(made.path), dict(model.state_dict()))
+
+    @pytest.mark.parametrize(
+        "name",
+        ["mixtral", "gemma3 with images", "Mistral3ForConditionalGeneration"],
+    )
+    @pytest.mark.parametrize("axis", [0, 1])
+    def test_parts_of_what_is_rearranged(self, tmp_path: Path, name: str, axis: int) -> None:
+        """Tensors that are stacked, split or turned on the way may lie in parts, however the parts were cut."""
+        model = model_of(name) if name in MODELS else small_model(cls := getattr(transformers, name), small_config(cls))
+        usual = save_pretrained(model, tmp_path / "usual")
+        expected = import_hf(usual, tmp_path / "expected")
+        ranks: list[Placed] = [{}, {}]
+        for tensor, value in load_file(usual / WEIGHTS).items():
+            begin, cut = [0] * value.dim(), min(axis, value.dim() - 1)
+            first = value.shape[cut] // 3 + 1 if value.dim() else 0
+            if not value.dim() or first >= value.shape[cut]:
+                ranks[0][tensor] = value, begin
+                continue
+            ranks[0][tensor] = value.narrow(cut, 0, first), begin
+            rest = value.narrow(cut, first, value.shape[cut] - first)
+            ranks[1][tensor] = rest, [first if each == cut else 0 for each in range(value.dim())]
+        made = import_hf(copy_config(usual, save_parts(tmp_path / "parts", *ranks)), tmp_path / "dcp")
         assert_same(state_of(made.path), state_of(expected.path))
 
     def test_both_at_once_are_refused(self, tmp_path: Path) -> None:
