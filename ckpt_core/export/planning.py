@@ -15,6 +15,7 @@ from ckpt_core.export.architecture import Architecture, choose_class
 from ckpt_core.export.assets import Assets
 from ckpt_core.export.names import Table
 from ckpt_core.export.plan import Plan, make_plan
+from ckpt_core.export.torchtitan import as_native, is_native
 from ckpt_core.export.weight_conversions import DEFAULT_FORM, RECORD_NAME, FileForm
 from ckpt_core.format.index import Index, read_index
 
@@ -67,7 +68,10 @@ def _plan_of_model(index: Index, assets: Assets, settings: dict[str, Any]) -> Pl
         except MismatchError:
             with suppress(MismatchError):  # of the two errors the first says more
                 return _distance(plan := make_plan(index, architecture.as_stored(), **settings), index, 1), plan
-            raise
+            if not is_native(index.tensors):
+                raise
+        native = as_native(architecture, assets.config, index.tensors, settings["where"])
+        return _distance(plan := make_plan(index, native, **settings), index, 2), plan
 
     form = FileForm(assets.names, assets.files.get(RECORD_NAME))
     forms = (form, DEFAULT_FORM) if form != DEFAULT_FORM else (form,)

@@ -1,0 +1,204 @@
+"""Checkpoints in torchtitan's native names: converted, a model computes in transformers what it computed there."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import embedding, rms_norm, scaled_dot_product_attention, silu
+from transformers import (
+    AutoModelForCausalLM,
+    GptOssConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+from ckpt_core import errors, io
+from ckpt_core.export import Assets, convert
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+    "rms_norm_eps": 1e-5,
+}
+EXPERTS = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "norm_topk_prob": True}
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES, architectures=["LlamaForCausalLM"]),
+    "tied llama": LlamaConfig(**SIZES, tie_word_embeddings=True, architectures=["LlamaForCausalLM"]),
+    "qwen3": Qwen3Config(**SIZES, architectures=["Qwen3ForCausalLM"]),
+    "qwen3_moe": Qwen3MoeConfig(**SIZES, **EXPERTS, architectures=["Qwen3MoeForCausalLM"]),
+}
+NEWER = {
+    r"attention\.(w[qkv])\.": r"attention.qkv_linear.\1.",
+    r"^output\.": "lm_head.",
+    r"moe\.experts\.(w[13])$": r"moe.routed_experts.inner_experts.\1_EFD",
+    r"moe\.experts\.w2$": "moe.routed_experts.inner_experts.w2_EDF",
+}
+"""What torchtitan called the same tensors in 2025, and what in 2026."""
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+def native_model(config: PreTrainedConfig) -> dict[str, torch.Tensor]:
+    """Return random weights of torchtitan's model of a config, as its state dict names them."""
+    torch.manual_seed(0)
+    hidden, head, inner = config.hidden_size, config.head_dim, config.intermediate_size
+    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
+    shapes = {"tok_embeddings.weight": (config.vocab_size, hidden), "norm.weight": (hidden,)}
+    for layer in range(config.num_hidden_layers):
+        of_layer = {
+            "attention_norm.weight": (hidden,),
+            "ffn_norm.weight": (hidden,),
+            "attention.wq.weight": (queries, hidden),
+            "attention.wk.weight": (keys, hidden),
+            "attention.wv.weight": (keys, hidden),
+            "attention.wo.weight": (hidden, queries),
+        }
+        if config.model_type != "llama":
+            of_layer |= {"attention.q_norm.weight": (head,), "attention.k_norm.weight": (head,)}
+        if config.model_type == "qwen3_moe":
+            count, inner = config.num_experts, config.moe_intermediate_size
+            of_layer |= {"moe.router.gate.weight": (count, hidden)}
+            of_layer |= {f"moe.experts.{name}": (count, inner, hidden) for name in ("w1", "w3")}
+            of_layer |= {"moe.experts.w2": (count, hidden, inner)}
+        else:
+            of_layer |= {f"feed_forward.{name}.weight": (inner, hidden) for name in ("w1", "w3")}
+            of_layer |= {"feed_forward.w2.weight": (hidden, inner)}
+        shapes |= {f"layers.{layer}.{name}": shape for name, shape in of_layer.items()}
+    state = {name: torch.randn(shape) / 2 for name, shape in shapes.items()}
+    tied = config.tie_word_embeddings
+    return {**state, "output.weight": state["tok_embeddings.weight"] if tied else torch.randn(40, hidden)}
+
+
+def logits(state: Tensors, config: PreTrainedConfig, tokens: torch.Tensor) -> torch.Tensor:
+    """Compute what torchtitan's model does: Llama rotates neighbouring numbers as complex ones, Qwen3 two halves."""
+    eps = config.rms_norm_eps
+    stream = embedding(tokens, state["tok_embeddings.weight"])
+    for number in range(config.num_hidden_layers):
+        layer = {k.removeprefix(f"layers.{number}."): v for k, v in state.items() if k.startswith(f"layers.{number}.")}
+        normed = rms_norm(stream, stream.shape[-1:], layer["attention_norm.weight"], eps)
+        stream = stream + attention(normed, layer, config)
+        normed = rms_norm(stream, stream.shape[-1:], layer["ffn_norm.weight"], eps)
+        stream = stream + (experts(normed, layer, config) if "moe.experts.w1" in layer else feed_forward(normed, layer))
+    return rms_norm(stream, stream.shape[-1:], state["norm.weight"], eps) @ state["output.weight"].T
+
+
+def attention(stream: torch.Tensor, layer: Tensors, config: PreTrainedConfig) -> torch.Tensor:
+    """Compute causal attention of grouped queries."""
+    size = config.head_dim
+    query, key, value = (
+        (stream @ layer[f"attention.w{of}.weight"].T).view(len(stream), -1, size).transpose(0, 1) for of in "qkv"
+    )
+    angles = torch.outer(torch.arange(len(stream)), 100.0 ** (-torch.arange(0, size, 2) / size))
+    if config.model_type == "llama":
+        turn = torch.polar(torch.ones_like(angles), angles)
+        query, key = (
+            torch.view_as_real(torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2)) * turn).flatten(-2)
+            for x in (query, key)
+        )
+    else:
+        query = rms_norm(query, (size,), layer["attention.q_norm.weight"], config.rms_norm_eps)
+        key = rms_norm(key, (size,), layer["attention.k_norm.weight"], config.rms_norm_eps)
+        cos, sin = (torch.cat([each, each], dim=-1) for each in (angles.cos(), angles.sin()))
+        first = size // 2
+        query, key = (x * cos + torch.cat([-x[..., first:], x[..., :first]], dim=-1) * sin for x in (query, key))
+    groups = len(query) // len(key)
+    key, value = key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0)
+    mixed = scaled_dot_product_attention(query, key, value, is_causal=True)
+    return mixed.transpose(0, 1).flatten(1) @ layer["attention.wo.weight"].T
+
+
+def feed_forward(stream: torch.Tensor, layer: Tensors) -> torch.Tensor:
+    """Compute a gated layer."""
+    w1, w2, w3 = (layer[f"feed_forward.w{of}.weight"] for of in (1, 2, 3))
+    return (silu(stream @ w1.T) * (stream @ w3.T)) @ w2.T
+
+
+def experts(stream: torch.Tensor, layer: Tensors, config: PreTrainedConfig) -> torch.Tensor:
+    """Compute the experts of highest probability of each token, weighted by it."""
+    scores = (stream @ layer["moe.router.gate.weight"].T).softmax(-1)
+    top, chosen = scores.topk(config.num_experts_per_tok, dim=-1)
+    weights = torch.zeros_like(scores).scatter(-1, chosen, top / top.sum(-1, keepdim=True))
+    made = [
+        (silu(stream @ w1.T) * (stream @ w3.T)) @ w2.T
+        for w1, w2, w3 in zip(*(layer[f"moe.experts.w{of}"] for of in (1, 2, 3)), strict=True)
+    ]
+    return sum(weights[:, number, None] * each for number, each in enumerate(made))
+
+
+def newer(state: Tensors) -> dict[str, torch.Tensor]:
+    """Return a state dict with the newer names."""
+    result = dict(state)
+    for pattern, replacement in NEWER.items():
+        result = {re.sub(pattern, replacement, name): tensor for name, tensor in result.items()}
+    return result
+
+
+def assets_of(config: PreTrainedConfig) -> Assets:
+    """Return what a conversion needs of a model beside its weights."""
+    return Assets(config.to_dict(), {})
+
+
+@pytest.mark.parametrize("version", ["2025", "2026"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_are_the_same(tmp_path: Path, name: str, version: str) -> None:
+    """The converted model gives the logits of the native one, with older and newer names, at the top or below `model`.
+
+    The reference is computed here from the native weights, by torchtitan's formulas and not by its names' mapping.
+    """
+    config = CONFIGS[name]
+    state, tokens = native_model(config), torch.arange(9) * 4 % 40
+    saved = (
+        {"model": {**state, "freqs_cis": torch.ones(3, dtype=torch.complex64)}} if version == "2025" else newer(state)
+    )
+    io.save({**saved, "train_state": {"step": torch.tensor(3)}, "optimizer": {"lr": 0.1}}, tmp_path / "dcp")
+    export = convert(tmp_path / "dcp", tmp_path / "export", assets=assets_of(config))
+    model = AutoModelForCausalLM.from_pretrained(export.path)
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens[None]).logits[0], logits(state, config, tokens), rtol=1e-4, atol=1e-4)
+    turned = "turned: model.layers.*.self_attn.q_proj.weight from layers.*.attention."
+    assert any(rule.startswith(turned) for rule in export.rules) == (config.model_type == "llama")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"attention_bias": True}, r"whose LlamaForCausalLM has nothing that model\.layers\.0\.self_attn\.\w+\.bias"),
+        ({"num_hidden_layers": 1}, "holds 9 tensors that LlamaForCausalLM does not have"),
+        ({"num_hidden_layers": 3}, r"lacks 9 of the model's 30 tensors, such as layers\.2\."),
+        ({"head_dim": 4}, r"layers\.0\.attention\.wq\.weight has shape \(32, 16\)"),
+    ],
+)
+def test_another_config_is_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    """A native model and a config that do not fit each other are an error that names a tensor."""
+    io.save(native_model(CONFIGS["llama"]), tmp_path / "dcp")
+    assets = assets_of(LlamaConfig(**{**SIZES, **change}, architectures=["LlamaForCausalLM"]))
+    with pytest.raises(errors.MismatchError, match=said):
+        convert(tmp_path / "dcp", tmp_path / "export", assets=assets)
+
+
+def test_a_bias_of_experts_is_not_dropped(tmp_path: Path) -> None:
+    """What balances the load of experts moves tokens to others; transformers' Qwen3 has none, so it is refused."""
+    config = CONFIGS["qwen3_moe"]
+    io.save({**native_model(config), "layers.0.moe.expert_bias": torch.ones(3)}, tmp_path / "dcp")
+    with pytest.raises(errors.MismatchError, match=r"does not have, such as layers\.0\.moe\.expert_bias; "):
+        convert(tmp_path / "dcp", tmp_path / "export", assets=assets_of(config))
+
+
+def test_other_models_are_refused_by_name(tmp_path: Path) -> None:
+    """The native names of a model that was not compared are not guessed; the error names torchtitan's own converter."""
+    io.save(native_model(CONFIGS["llama"]), tmp_path / "dcp")
+    small = {**SIZES, "num_local_experts": 2}
+    assets = assets_of(GptOssConfig(**small, architectures=["GptOssForCausalLM"]))
+    with pytest.raises(errors.MismatchError, match=r"native names.*but not for GptOssForCausalLM; .*convert_to_hf\.py"):
+        convert(tmp_path / "dcp", tmp_path / "export", assets=assets)
