@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 import numpy as np
@@ -154,11 +154,52 @@ def _range(block: Block, steps: Sequence[int]) -> tuple[int, int]:
 
 def _parts(stored: Stored, layout: Shape, piece: Piece) -> Iterator[_Part]:
     """Yield what each stored box gives to a piece."""
-    for number, box in enumerate(stored.boxes(piece.source)):
-        seen = box if len(box.sizes) == len(piece.view) else Box((0,) * len(piece.view), piece.view, box.file)
-        shared = overlap((piece.start, piece.taken), (seen.offsets, seen.sizes))
-        if shared is not None:
-            yield _Part(stored, layout, piece, number, seen, _filled(piece, shared))
+    boxes = stored.boxes(piece.source)
+    for number, box in enumerate(boxes):
+        for seen, skipped in _seen(box, piece.view, boxes):
+            shared = overlap((piece.start, piece.taken), (seen.offsets, seen.sizes))
+            if shared is not None:
+                yield _Part(stored, layout, piece, number, seen, _filled(piece, shared), skipped)
+
+
+def _seen(box: Box, view: Shape, boxes: Sequence[Box]) -> Iterator[tuple[Box, int]]:
+    """Yield a stored box as boxes of a view, each with the number of its elements that lie before it in the file.
+
+    A view of as many axes is the tensor's own shape. Of a tensor that is stored in several boxes, another view may
+    split the first axis alone, as heads are rows: a box then may begin and end within a head.
+    """
+    if len(box.sizes) == len(view):
+        yield box, 0
+    elif math.prod(box.sizes) == math.prod(view):
+        yield Box((0,) * len(view), view, box.file), 0
+    else:
+        split = len(view) - len(box.sizes) + 1
+        shape = tuple(max(b.offsets[axis] + b.sizes[axis] for b in boxes) for axis in range(len(box.sizes)))
+        if split < 1 or (math.prod(view[:split]), *view[split:]) != shape:
+            raise NotImplementedError(f"a tensor of {shape} in several boxes cannot be seen as {view}")
+        first, inner = box.offsets[0], math.prod(box.sizes[1:])
+        for place, offsets, sizes in _rows(view[:split], first, first + box.sizes[0]):
+            part = Box((*offsets, *box.offsets[1:]), (*sizes, *box.sizes[1:]), box.file)
+            yield part, (place - first) * inner
+
+
+def _rows(shape: Shape, first: int, end: int) -> Iterator[tuple[int, Shape, Shape]]:
+    """Yield the boxes of a shape whose elements are, in row-major order, those from `first` up to `end`."""
+    if len(shape) == 1:
+        yield first, (first,), (end - first,)
+        return
+    inner, rest = math.prod(shape[1:]), shape[1:]
+    while first < end:
+        row, within = divmod(first, inner)
+        count = (end - first) // inner if within == 0 else 0
+        if count:
+            yield first, (row, *(0,) * len(rest)), (count, *rest)
+            first += count * inner
+        else:
+            stop = min(end, (row + 1) * inner)
+            for place, offsets, sizes in _rows(rest, within, within + stop - first):
+                yield first - within + place, (row, *offsets), (1, *sizes)
+            first = stop
 
 
 def _filled(piece: Piece, shared: Block) -> Block:
@@ -181,6 +222,9 @@ class _Part:
     number: int
     box: Box
     fills: Block
+    skipped: int = 0
+    """How many elements of the stored box lie before those of `box`, where that is a part of it."""
+
     crc32: int | None = None
     """Of the bytes so far, where the box is read from its first byte to its last."""
 
@@ -255,7 +299,10 @@ class _Part:
 
     def _payload(self) -> Payload:
         if self.found is None:
-            self.found = self.stored.payload(self.piece.source, self.number)
+            found = self.stored.payload(self.piece.source, self.number)
+            if found.contiguous:
+                found = replace(found, offset=found.offset + self.skipped * dtypes.ITEMSIZE[found.dtype])
+            self.found = found
         return self.found
 
     def _read_next(self, target: Words, payload: Payload) -> None:
@@ -285,5 +332,6 @@ class _Part:
         if payload.contiguous:
             return read_part(source, payload, self.box.sizes, offsets, sizes, self._where)
         if self.whole is None:
-            self.whole = read_strided(source, payload, self._where).reshape(self.box.sizes)
+            chunk = read_strided(source, payload, self._where).reshape(-1)
+            self.whole = chunk[self.skipped : self.skipped + math.prod(self.box.sizes)].reshape(self.box.sizes)
         return self.whole[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))]

@@ -2,9 +2,11 @@
 
 import re
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import embedding, rms_norm, scaled_dot_product_attention, silu
@@ -19,6 +21,11 @@ from transformers import (
 
 from ckpt_core import errors, io
 from ckpt_core.export import Assets, convert
+from ckpt_core.export.recipe import Piece, Recipe
+from ckpt_core.export.stored import Box
+from ckpt_core.export.stream import blocks
+from ckpt_core.format.payload import Payload
+from ckpt_core.format.source import open_source
 
 SIZES: dict[str, Any] = {
     "vocab_size": 40,
@@ -168,6 +175,64 @@ def test_logits_are_the_same(tmp_path: Path, name: str, version: str) -> None:
         torch.testing.assert_close(model(tokens[None]).logits[0], logits(state, config, tokens), rtol=1e-4, atol=1e-4)
     turned = "turned: model.layers.*.self_attn.q_proj.weight from layers.*.attention."
     assert any(rule.startswith(turned) for rule in export.rules) == (config.model_type == "llama")
+
+
+class Chunks:
+    """A matrix that is stored in chunks of some of its rows and columns, one after the other in a file."""
+
+    def __init__(self, directory: Path, matrix: np.ndarray, rows: list[int], columns: list[int]) -> None:
+        self.place = directory
+        self._boxes: list[Box] = []
+        self._payloads: list[Payload] = []
+        with (directory / "file").open("wb") as file:
+            for top, bottom in pairwise(rows):
+                for left, right in pairwise(columns):
+                    shape, offset = (bottom - top, right - left), file.tell()
+                    data = matrix[top:bottom, left:right].tobytes()
+                    file.write(data)
+                    self._boxes.append(Box((top, left), shape, "file"))
+                    self._payloads.append(Payload(offset, len(data), 0, "float32", shape, (shape[1], 1), 0))
+        self._source = open_source(directory / "file")
+
+    def boxes(self, _: str) -> list[Box]:
+        """Return the chunks."""
+        return self._boxes
+
+    def payload(self, _: str, number: int) -> Payload:
+        """Return where a chunk lies."""
+        return self._payloads[number]
+
+    def source(self, _: str) -> Any:
+        """Return the file."""
+        return self._source
+
+    def __enter__(self) -> "Chunks":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._source.close()
+
+
+@pytest.mark.parametrize("rows", [[0, 24], [0, 8, 24], [0, 1, 24], [0, 3, 4, 11, 17, 24], list(range(25))])
+@pytest.mark.parametrize("columns", [[0, 5], [0, 2, 5]])
+def test_heads_are_turned_however_they_are_sharded(tmp_path: Path, rows: list[int], columns: list[int]) -> None:
+    """A chunk may begin and end anywhere in a head of 8 rows; each row comes to its place."""
+    matrix = np.arange(24 * 5, dtype=np.float32).reshape(24, 5)
+    halves, pairs = (3, 2, 4, 5), (3, 4, 2, 5)
+    recipe = Recipe((24, 5), halves, (Piece((0,) * 4, halves, "x", pairs, (0,) * 4, (0, 2, 1, 3)),))
+    with Chunks(tmp_path, matrix, rows, columns) as chunks:
+        made = np.concatenate(list(blocks(chunks, recipe, "float32"))).view(np.float32)
+    assert (made.reshape(24, 5) == matrix.reshape(pairs).transpose(0, 2, 1, 3).reshape(24, 5)).all()
+
+
+def test_another_view_of_a_sharded_tensor_is_not_guessed(tmp_path: Path) -> None:
+    """Only the first axis of a tensor in several chunks can be split; anything else ends with an error."""
+    recipe = Recipe((24, 5), (24, 5, 1), (Piece((0,) * 3, (24, 5, 1), "x", (24, 5, 1), (0,) * 3, (0, 1, 2)),))
+    with (
+        Chunks(tmp_path, np.zeros((24, 5), np.float32), [0, 8, 24], [0, 5]) as chunks,
+        pytest.raises(NotImplementedError),
+    ):
+        list(blocks(chunks, recipe, "float32"))
 
 
 @pytest.mark.parametrize(
