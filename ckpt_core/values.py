@@ -80,12 +80,13 @@ def _numbers(block: NDArray[Any], dtype: str) -> NDArray[np.floating[Any]] | Non
     return block.view(dtype) if dtype in {"float64", "float32", "float16"} else None
 
 
-def first_nonfinite(block: Buffer, dtype: str) -> int | None:
+def first_nonfinite(block: Buffer, dtype: str, *, only_nan: bool = False) -> int | None:
     """Return the position of the first element that is NaN or Inf, or None.
 
     Args:
         block: elements one after the other, little-endian; an aligned block is faster.
         dtype: their type by torch's name; integers and booleans are always finite.
+        only_nan: accept Inf.
     """
     if dtype not in _WORDS:
         return None
@@ -93,28 +94,31 @@ def first_nonfinite(block: Buffer, dtype: str) -> int | None:
     count = _PART_BYTES // words.itemsize
     for start in range(0, words.size, count):
         part = words[start : start + count]
-        if _any(part, dtype):
-            return (start + int(np.flatnonzero(_each(part, dtype))[0])) // (2 if dtype.startswith("complex") else 1)
+        if _any(part, dtype, only_nan=only_nan):
+            return (start + int(np.flatnonzero(_each(part, dtype, only_nan=only_nan))[0])) // (
+                2 if dtype.startswith("complex") else 1
+            )
     return None
 
 
-def _any(words: Words, dtype: str) -> bool:
+def _any(words: Words, dtype: str, *, only_nan: bool) -> bool:
     """Whether there is one: the largest as signed integers is a positive one, as unsigned integers a negative one."""
     if dtype in _ONLY_NAN:
         return bool((words == _ONLY_NAN[dtype]).any())
-    limit, sign = _limits(words, dtype)
+    limit, sign = _limits(words, dtype, only_nan=only_nan)
     return int(_signed(words).max()) >= limit or int(words.max()) >= limit + sign
 
 
-def _each(words: Words, dtype: str) -> NDArray[np.bool_]:
+def _each(words: Words, dtype: str, *, only_nan: bool) -> NDArray[np.bool_]:
     if dtype in _ONLY_NAN:
         return words == _ONLY_NAN[dtype]
-    limit, sign = _limits(words, dtype)
+    limit, sign = _limits(words, dtype, only_nan=only_nan)
     return (_signed(words) >= limit) | (words >= limit + sign)
 
 
-def _limits(words: Words, dtype: str) -> tuple[int, int]:
-    return _SMALLEST_NONFINITE[dtype], 1 << (8 * words.itemsize - 1)
+def _limits(words: Words, dtype: str, *, only_nan: bool) -> tuple[int, int]:
+    infinite = only_nan and dtype != "float8_e4m3fn"  # the patterns of NaN follow that of Inf
+    return _SMALLEST_NONFINITE[dtype] + infinite, 1 << (8 * words.itemsize - 1)
 
 
 def _signed(words: Words) -> NDArray[np.signedinteger]:

@@ -145,7 +145,7 @@ def _output(
     [stored] = made_of
     loaded = architecture.dtypes[name]
     cast = dtype is not None and stored in dtypes.FLOATING and loaded in dtypes.FLOATING
-    return Output(name, loaded if cast else stored, stored, recipe)
+    return Output(name, loaded if cast else stored, stored, recipe, untrained=name in architecture.untrained)
 
 
 def _computed(architecture: Architecture, outputs: Sequence[Output], dtype: str | None) -> list[Output]:
@@ -153,7 +153,7 @@ def _computed(architecture: Architecture, outputs: Sequence[Output], dtype: str 
     floating = [output.dtype for output in outputs if output.dtype in dtypes.FLOATING]
     commonest = max(dict.fromkeys(floating), key=floating.count, default="float32")
     return [
-        Output(name, architecture.dtypes[name] if dtype else commonest, "float32", copy_of(name, shape))
+        Output(name, architecture.dtypes[name] if dtype else commonest, "float32", copy_of(name, shape), untrained=True)
         for name, shape in architecture.shapes.items()
         if name in architecture.unsaved
     ]

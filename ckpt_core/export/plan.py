@@ -30,6 +30,9 @@ class Output:
     update: Update | None = None
     """What an adapter adds to the stored elements, before any cast."""
 
+    untrained: bool = False
+    """Whether no training changes it by gradients: then Inf is a bound or a mask, and no fault."""
+
     @property
     def sources(self) -> tuple[str, ...]:
         """Names of all stored tensors that it is made of."""
@@ -227,7 +230,8 @@ def _output(
     wider = max((architecture.dtypes[source] for source in recipe.sources), key=lambda kind: dtypes.ITEMSIZE[kind])
     cast = dtype is not None and stored in dtypes.FLOATING and wider in dtypes.FLOATING
     pieces = tuple(sources[piece.source].seen(piece) for piece in recipe.pieces)
-    return Output(name, wider if cast else stored, stored, replace(recipe, pieces=pieces))
+    untrained = architecture.untrained.issuperset(recipe.sources)
+    return Output(name, wider if cast else stored, stored, replace(recipe, pieces=pieces), untrained=untrained)
 
 
 def cast_rules(outputs: Iterable[Output]) -> list[str]:

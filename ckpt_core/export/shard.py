@@ -118,11 +118,11 @@ def parse_shard(data: bytes) -> Shard:
 
 def _output_document(output: Output) -> list[Any]:
     update = astuple(output.update) if output.update else None
-    return [output.name, output.dtype, output.stored, _recipe_document(output.recipe), update]
+    return [output.name, output.dtype, output.stored, _recipe_document(output.recipe), update, output.untrained]
 
 
-def _output(name: str, dtype: str, stored: str, recipe: list[Any], update: list[Any] | None) -> Output:
-    return Output(name, dtype, stored, _recipe(*recipe), Update(*update) if update else None)
+def _output(name: str, dtype: str, stored: str, recipe: list[Any], update: list[Any] | None, untrained: bool) -> Output:
+    return Output(name, dtype, stored, _recipe(*recipe), Update(*update) if update else None, untrained)
 
 
 def _recipe_document(recipe: Recipe) -> list[Any]:

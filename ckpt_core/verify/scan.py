@@ -19,6 +19,7 @@ from ckpt_core.errors import CkptError
 from ckpt_core.format.digests import Hasher, algorithm_of, crc32, hasher
 from ckpt_core.format.source import Source, open_source, read_into
 from ckpt_core.values import first_nonfinite
+from ckpt_core.verify.bounds import untrained_tensors
 from ckpt_core.verify.report import Findings
 from ckpt_core.workers import count_workers
 
@@ -73,6 +74,7 @@ class Scan:
         self._lock = Lock()
         self._done = self._total = 0
         self._stopped = False
+        self._untrained: dict[Place, frozenset[str]] = {}
 
     def run(self, readings: Sequence[Reading]) -> None:
         """Read; problems become findings."""
@@ -118,7 +120,7 @@ class Scan:
         self, source: Source, place: Place, extent: Extent, digest: Hasher | None, buffer: memoryview
     ) -> None:
         """Read an extent block by block from the buffer's begin on, so that elements are aligned there."""
-        found, wrong = 0, None
+        found, wrong, infinite = 0, None, True
         for start in range(0, extent.length, len(buffer)):
             if self._stopped:
                 return
@@ -128,8 +130,9 @@ class Scan:
                 digest.update(block)
             if extent.crc32:
                 found = crc32(block, found)
-            if extent.dtype is not None and wrong is None and first_nonfinite(block, extent.dtype) is not None:
+            if extent.dtype is not None and infinite and first_nonfinite(block, extent.dtype) is not None:
                 wrong = extent.offset + start
+                infinite = first_nonfinite(block, extent.dtype, only_nan=True) is None
             self._advance(len(block))
         if found != extent.crc32:
             self._findings.add(
@@ -137,8 +140,17 @@ class Scan:
                 f"{place}: {extent.name}: its bytes have CRC32 {found:08x}, {extent.crc32:08x} was stored with them; "
                 "restore a copy of the file or load an older step.",
             )
-        if wrong is not None:
+        if wrong is not None and infinite and self._may_be_infinite(place, extent.name):
+            self._findings.count("infinite")
+        elif wrong is not None:
             self._findings.add("values", nonfinite(f"{place}: {extent.name}"))
+
+    def _may_be_infinite(self, place: Place, name: str) -> bool:
+        """Whether a tensor of a file is a mask or a bound; only where one is infinite this is looked up."""
+        with self._lock:
+            if place.parent not in self._untrained:
+                self._untrained[place.parent] = untrained_tensors(place.parent)
+            return name in self._untrained[place.parent]
 
     def _advance(self, count: int) -> None:
         if self._progress is not None:

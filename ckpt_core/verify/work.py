@@ -75,6 +75,7 @@ class Work:
 
     def values_check(self, elements: int) -> Check:
         """Return the check of the values of what has `elements` elements."""
-        return self.findings.check(
-            "values", f"{elements:,} elements, {'none NaN or Inf' if self.finite else 'NaN and Inf allowed'}"
-        )
+        said = "none NaN or Inf" if self.finite else "NaN and Inf allowed"
+        if self.findings.counts["infinite"]:
+            said = "none NaN, and Inf only in masks and bounds that the model does not train"
+        return self.findings.check("values", f"{elements:,} elements, {said}")

@@ -4,6 +4,7 @@ import copy
 import errno
 import hashlib
 import json
+import math
 import shutil
 from argparse import Namespace
 from collections.abc import Callable
@@ -33,6 +34,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from ckpt_core import PyTorchCheckpoint, errors, io, open_checkpoint
 from ckpt_core.export import Assets, convert, convert_checkpoint, plan_export, read_export
 from ckpt_core.export.assets import fetch_assets, read_assets
+from ckpt_core.export.imports import import_hf
 from ckpt_core.hf_weights import read_weights
 from ckpt_core.native_checkpoint import convert_dcp_to_hf, save_checkpoint
 from ckpt_core.verify import verify
@@ -216,6 +218,29 @@ def test_whoever_saved_it_the_bytes_are_the_same(
 
 class TestRefusals:
     """What is not converted: each ends in a named error, with nothing written."""
+
+    @pytest.mark.parametrize("dtype", [None, "float16"])
+    def test_bounds_and_masks_may_be_infinite(self, tmp_path: Path, dtype: str | None) -> None:
+        """Inf in a buffer, which no training changes by gradients, is converted, imported and verified; NaN is not."""
+        model = model_of("resnet")
+        _, assets = checkpoint_of(model, tmp_path / "saved")
+        bound = "resnet.embedder.embedder.normalization.running_mean"
+        for value, weight in ((float("-inf"), bound), (float("nan"), bound), (float("inf"), "classifier.1.weight")):
+            state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            state[weight].view(-1)[0] = value
+            directory = save_states(state, tmp_path / f"{weight} {value}" / "dcp")
+            if weight != bound or math.isnan(value):
+                refused(
+                    errors.DamagedError, "holds NaN or Inf", directory, assets, tmp_path / "out" / "export", dtype=dtype
+                )
+                continue
+            export = convert(directory, tmp_path / "export", assets=assets, dtype=dtype).path
+            made = import_hf(export, tmp_path / "imported").path
+            for place in (export, made):
+                report = verify(place)
+                assert report.passed, report
+                assert any("Inf only in masks and bounds" in check.detail for check in report.checks)
+            assert not verify(directory).passed  # without a config nothing tells what it is
 
     def test_values_that_are_not_finite(self, tmp_path: Path, llama: tuple[Path, Assets]) -> None:
         """NaN and Inf are refused by name, unless they are allowed."""

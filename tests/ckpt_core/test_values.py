@@ -31,6 +31,8 @@ def test_each_of_256_patterns_of_8_bits(dtype: str) -> None:
         block = bytes([pattern])
         expected = bool(torch.isfinite(bits_of(np.array([pattern], "u1"), dtype).float()).all())
         assert (first_nonfinite(block, dtype) is None) == expected, hex(pattern)
+        nan = bool(torch.isnan(bits_of(np.array([pattern], "u1"), dtype).float()).any())
+        assert (first_nonfinite(block, dtype, only_nan=True) is not None) == nan, hex(pattern)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -39,8 +41,12 @@ def test_each_of_65536_patterns_of_16_bits(dtype: str) -> None:
     patterns = np.arange(1 << 16, dtype="u2")
     finite = torch.isfinite(bits_of(patterns, dtype).float()).numpy()
     assert first_nonfinite(patterns[finite].tobytes(), dtype) is None
+    nan = torch.isnan(bits_of(patterns, dtype).float()).numpy()
+    assert first_nonfinite(patterns[~nan].tobytes(), dtype, only_nan=True) is None
     for pattern in patterns[~finite]:
         assert first_nonfinite(pattern.tobytes(), dtype) == 0, hex(pattern)
+    for pattern in patterns[nan]:
+        assert first_nonfinite(pattern.tobytes(), dtype, only_nan=True) == 0, hex(pattern)
 
 
 @pytest.mark.parametrize("dtype", [*WIDE, "complex64", "complex128"])
