@@ -35,6 +35,7 @@ from ckpt_core.store import open_store
 
 if TYPE_CHECKING:
     from ckpt_core.store import Store
+    from ckpt_core.urls import AnyPath
 
 _PATIENCE = timedelta(minutes=30)
 """How long a rank that has written its part waits for one that has not."""
@@ -74,7 +75,7 @@ class AsyncSaver:
 
     def __init__(self, store: str | Path | Store, *, run: str = "default", timeout: float = 600.0) -> None:
         _check_timeout(timeout)
-        self._store = open_store(store) if isinstance(store, (str, Path)) else store
+        self._store = cast("Store", store) if hasattr(store, "stage") else open_store(cast("AnyPath", store))
         self._run, self._timeout = run, timeout
         self._buffers = HostBuffers()
         self._flight: Flight[PyTorchCheckpoint] | None = None

@@ -22,6 +22,7 @@ from ckpt_core.format.manifest import Manifest
 from ckpt_core.hyperparameters import as_dict, plain
 from ckpt_core.reference import Reference, refer
 from ckpt_core.store import Checkpoint, open_checkpoint, open_store
+from ckpt_core.urls import local_path
 
 if TYPE_CHECKING:
     import torch
@@ -431,7 +432,7 @@ def collect(
         checkpoint.optimizer,
         scheduler,
         None if trainer is None else plain(dict(trainer), "trainer"),
-        Path(assets) if assets else None,
+        None if assets is None else local_path(assets, "assets"),
     )
 
 

@@ -177,6 +177,8 @@ def _read(directory: Path | None) -> dict[str, bytes]:
     """
     if directory is None:
         return {}
+    if not directory.is_dir():
+        raise ArgumentError(f"assets: {directory}: no such directory; give one with the files that go along.")
     files = dict(durable.files_below(directory))
     for path in files.values():
         if not path.is_file():

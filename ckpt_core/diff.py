@@ -16,7 +16,7 @@ from ckpt_core.tensors import DcpTensors, HfTensors, PlannedTensors, StoredTenso
 
 if TYPE_CHECKING:
     from ckpt_core.export import Assets
-    from ckpt_core.urls import Place
+    from ckpt_core.urls import AnyPath, Place
 
 Status = Literal["equal", "differs", "dtype", "shape", "only in a", "only in b", "tied"]
 """`equal`: bit for bit. `dtype`: equal in shape alone. `tied`: only in one, where it equals another tensor, which an
@@ -63,7 +63,7 @@ class Diff:
         return {**asdict(self), "equal": self.equal, "counts": self.counts}
 
 
-def diff(a: str | Place, b: str | Place) -> Diff:
+def diff(a: AnyPath, b: AnyPath) -> Diff:
     """Compare the tensors of two checkpoints (a step's model), DCP directories or exports, in any combination.
 
     Of an export and a DCP directory, names are compared without the prefix that a wrapper put before them, and what a
@@ -75,7 +75,7 @@ def diff(a: str | Place, b: str | Place) -> Diff:
         MismatchError: two names of a checkpoint are one without the prefix.
         CheckpointError: one is damaged or hostile.
     """
-    with open_tensors(a) as first, open_tensors(b) as second, ExitStack() as opened:
+    with open_tensors(a, "a") as first, open_tensors(b, "b") as second, ExitStack() as opened:
         found = None
         if isinstance(first, HfTensors) == isinstance(second, HfTensors):
             return _Sides(first, second).diff()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from ckpt_core.errors import ArgumentError, DamagedError
+from ckpt_core.urls import local_path
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -122,7 +123,7 @@ def _open(model: str | PathLike[str] | nn.Module, device: str, *, trust_remote_c
     """Return a live model that predicts each token from those before it."""
     live: Any = model
     if isinstance(model, str | PathLike):
-        live = _load(Path(model), trust_remote_code=trust_remote_code).to(_device(device))
+        live = _load(local_path(model, "model"), trust_remote_code=trust_remote_code).to(_device(device))
     elif type(model).__module__.startswith("transformers."):
         _check_class(type(model).__name__, "the model")
     if getattr(live.config, "is_decoder", True) is False:

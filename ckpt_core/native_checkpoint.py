@@ -9,12 +9,16 @@ Each path becomes a stock DCP directory, whole or not at all, the model's last; 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp  # noqa: F401 # pyright: ignore[reportUnusedImport] - where NeMo-RL has it
 
 from ckpt_core import durable, io, ranks
 from ckpt_core.errors import ArgumentError
@@ -22,9 +26,14 @@ from ckpt_core.locate import find_dcp
 from ckpt_core.placement import Part, place
 from ckpt_core.restore import ModelPlan, OptimizerPlan, fill
 from ckpt_core.state import MODEL_KEY, OPTIMIZER_KEY, ModelState, OptimizerState
-from ckpt_core.urls import place_of
+from ckpt_core.urls import local_path, name_or_path, place_of, writable_place
 
-__all__ = ["ModelState", "OptimizerState", "convert_dcp_to_hf", "load_checkpoint", "save_checkpoint"]
+__all__ = [
+    "ModelState", "OptimizerState", "convert_dcp_to_hf", "load_checkpoint", "save_checkpoint",
+    "save_tokenizer_on_rank0",
+]  # fmt: skip
+
+_log = logging.getLogger(__name__)
 
 
 def save_checkpoint(
@@ -57,12 +66,15 @@ def save_checkpoint(
         raise ArgumentError("tokenizer_path: missing, and there is a tokenizer to save; give its directory.")
     parts: list[Part] = []
     if tokenizer is not None:
-        parts.append(Part(_absolute(tokenizer_path), lambda path: _save_tokenizer(tokenizer, path), shared=True))
+        tokenizer_target = _absolute(tokenizer_path, "tokenizer_path")
+        parts.append(Part(tokenizer_target, lambda path: _save_tokenizer(tokenizer, path), shared=True))
     if optimizer is not None:
         state = OptimizerState(model, optimizer, scheduler)
-        parts.append(Part(_absolute(optimizer_path), lambda path: _save_dcp(OPTIMIZER_KEY, state.content, path)))
+        optimizer_target = _absolute(optimizer_path, "optimizer_path")
+        parts.append(Part(optimizer_target, lambda path: _save_dcp(OPTIMIZER_KEY, state.content, path)))
     weights = ModelState(model)
-    parts.append(Part(_absolute(weights_path), lambda path: _save_dcp(MODEL_KEY, weights.content, path)))
+    weights_target = _absolute(weights_path, "weights_path")
+    parts.append(Part(weights_target, lambda path: _save_dcp(MODEL_KEY, weights.content, path)))
     place(parts)
 
 
@@ -97,10 +109,12 @@ def load_checkpoint(
     """
     if optimizer is not None and optimizer_path is None:
         raise ArgumentError("optimizer_path: missing, and there is an optimizer to load; give its directory.")
-    weights = ranks.together(lambda: ModelPlan.make(model, find_dcp(place_of(weights_path)), prefix))
+    source = place_of(weights_path, "weights_path")
+    optimizer_source = None if optimizer is None else place_of(cast("str", optimizer_path), "optimizer_path")
+    weights = ranks.together(lambda: ModelPlan.make(model, find_dcp(source), prefix))
     state = None
-    if optimizer is not None:
-        live, path = OptimizerState(model, optimizer, scheduler), place_of(str(optimizer_path))
+    if optimizer is not None and optimizer_source is not None:
+        live, path = OptimizerState(model, optimizer, scheduler), optimizer_source
         state = ranks.together(lambda: OptimizerPlan.make(live, path, weights.part))
     fill(weights, state, None)
 
@@ -111,15 +125,17 @@ def convert_dcp_to_hf(
     model_name_or_path: str,
     tokenizer_name_or_path: str,
     overwrite: bool = False,
+    hf_overrides: dict[str, Any] | None = {},  # noqa: B006 - NeMo-RL's signature; it is never changed
 ) -> str:
     """Convert a DCP checkpoint to a Hugging Face directory of safetensors, without a model in memory.
 
     Args:
-        dcp_ckpt_path: a DCP directory, or one above it where a framework put it.
-        hf_ckpt_path: the directory to write; it appears whole or not at all.
+        dcp_ckpt_path: a DCP directory, or one above it where a framework put it; a path or URL.
+        hf_ckpt_path: the directory to write, as a path or URL; it appears whole or not at all.
         model_name_or_path: where the model's config is: a local path or Hub id.
         tokenizer_name_or_path: where the tokenizer is; None means where the config is.
         overwrite: replace `hf_ckpt_path` if it exists.
+        hf_overrides: values of the model's config to replace, as `AutoConfig.from_pretrained` takes them.
 
     Returns:
         `hf_ckpt_path`.
@@ -131,17 +147,53 @@ def convert_dcp_to_hf(
     """
     from ckpt_core.export import check_free, convert
     from ckpt_core.export.assets import fetch_assets
+    from ckpt_core.export.overrides import override_config
 
-    target = Path(hf_ckpt_path)
+    target = writable_place(hf_ckpt_path, "hf_ckpt_path")
+    source = place_of(dcp_ckpt_path, "dcp_ckpt_path")
+    model = name_or_path(model_name_or_path, "model_name_or_path")
+    tokenizer = name_or_path(tokenizer_name_or_path or model, "tokenizer_name_or_path")
     check_free(target, overwrite=overwrite)
-    directory = find_dcp(place_of(dcp_ckpt_path))
-    assets = fetch_assets(model_name_or_path, tokenizer_name_or_path or model_name_or_path)
+    directory = find_dcp(source)
+    assets = fetch_assets(model, tokenizer)
+    if hf_overrides:
+        assets = replace(assets, config=override_config(assets.config, hf_overrides))
     convert(directory, target, assets=assets, overwrite=overwrite)
     return hf_ckpt_path
 
 
-def _absolute(path: str | None) -> Path:
-    return Path(os.path.abspath(str(path)))  # noqa: PTH100 - without `..`, and without following links
+def save_tokenizer_on_rank0(tokenizer: Any, tokenizer_path: str) -> None:
+    """Save a tokenizer or processor on rank 0 alone. Collective: it returns on every rank when the files are there.
+
+    Args:
+        tokenizer: anything with `save_pretrained`.
+        tokenizer_path: the directory for its files.
+
+    Raises:
+        Exception: whatever `save_pretrained` raised on rank 0, on every rank.
+    """
+    path = local_path(tokenizer_path, "tokenizer_path")
+    distributed = dist.is_available() and dist.is_initialized()
+    failure: Exception | None = None
+    if not distributed or dist.get_rank() == 0:
+        _log.info("saving the tokenizer to %s", path)
+        try:
+            tokenizer.save_pretrained(tokenizer_path if Path(tokenizer_path).absolute() == path else str(path))
+        except Exception as error:  # noqa: BLE001 - a tokenizer raises what it likes; every rank is to know
+            failure = error
+    if distributed:
+        dist.barrier()  # pyright: ignore[reportUnknownMemberType] - NeMo-RL waits so, and its tests look for it
+
+    def outcome() -> None:
+        if failure is not None:
+            raise failure
+
+    ranks.each(outcome)
+
+
+def _absolute(path: str | None, argument: str) -> Path:
+    # Without `..`, and without following links.
+    return Path(os.path.abspath(local_path(cast("str", path), argument)))  # noqa: PTH100
 
 
 def _save_dcp(key: str, content: Callable[[], dict[str, Any]], path: Path) -> None:
@@ -152,11 +204,11 @@ def _save_dcp(key: str, content: Callable[[], dict[str, Any]], path: Path) -> No
 def _save_tokenizer(tokenizer: Any, path: Path) -> None:
     """Collective: rank 0 writes the tokenizer's files; the others wait for it."""
 
-    def write() -> None:
-        path.mkdir(parents=True, exist_ok=True)
-        tokenizer.save_pretrained(str(path))
+    def flush() -> None:
         for _, file in durable.files_below(path):
             durable.sync_file(file)
         durable.sync_tree(path)
 
-    ranks.first(write)
+    ranks.first(lambda: path.mkdir(parents=True, exist_ok=True))
+    save_tokenizer_on_rank0(tokenizer, str(path))
+    ranks.first(flush)

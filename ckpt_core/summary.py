@@ -16,7 +16,7 @@ from ckpt_core.tensors import DcpTensors, TensorFacts, open_tensors
 from ckpt_core.urls import place_of
 
 if TYPE_CHECKING:
-    from ckpt_core.urls import Place
+    from ckpt_core.urls import AnyPath, Place
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,14 @@ class Summary:
         return facts
 
 
-def summarize(url: str | Place) -> Summary:
+def summarize(url: AnyPath) -> Summary:
     """Return what lies at `url`: a step, any DCP directory, any Hugging Face directory, or a safetensors file.
 
     Raises:
         NotACheckpointError: it is none of them.
         CheckpointError: it is damaged or hostile.
     """
-    place = place_of(url)
+    place = place_of(url, "path")
     if file_size(place / MANIFEST_NAME) is not None:
         return _step(place)
     with open_tensors(place) as tensors:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from ckpt_core.export.plan import Plan
-    from ckpt_core.urls import Place
+    from ckpt_core.urls import AnyPath, Place
 
 BLOCK_BYTES = 8 << 20
 
@@ -64,7 +64,7 @@ class StoredTensors(Protocol):
     def __exit__(self, *_: object) -> None: ...
 
 
-def open_tensors(url: str | Place) -> StoredTensors:
+def open_tensors(url: AnyPath, argument: str = "path") -> StoredTensors:
     """Open a committed step (its model), any DCP directory, any Hugging Face directory, or a safetensors file.
 
     A step is leased until they are closed, so that no pruner deletes it meanwhile.
@@ -73,7 +73,7 @@ def open_tensors(url: str | Place) -> StoredTensors:
         NotACheckpointError: it is none of them.
         CheckpointError: it is damaged or hostile.
     """
-    place = place_of(url)
+    place = place_of(url, argument)
     with ExitStack() as held:
         if file_size(place / MANIFEST_NAME) is not None:
             checkpoint = open_checkpoint(place)

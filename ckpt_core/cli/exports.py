@@ -66,18 +66,18 @@ def _convert(options: argparse.Namespace) -> Answer:
     from ckpt_core.format.manifest import MANIFEST_NAME
     from ckpt_core.locate import find_dcp
     from ckpt_core.store import open_checkpoint
-    from ckpt_core.urls import place_of
+    from ckpt_core.urls import place_of, writable_place
 
-    source, target = place_of(options.dcp), place_of(options.out)
+    source, target = place_of(options.dcp, "DCP"), writable_place(options.out, "OUT")
     step = open_checkpoint(source) if file_size(source / MANIFEST_NAME) is not None else None
     directory = find_dcp(step.root if step else source)
     if not options.plan:
         check_target(directory, target, overwrite=options.overwrite)
     beside = step.component("assets") if step else directory / "assets"  # where `ckpt import` puts them
     configs = [beside / name for name in ("config.json", "adapter_config.json")] if beside else []
-    own = beside if not options.model and any(file_size(each) is not None for each in configs) else None
+    own = beside if options.model is None and any(file_size(each) is not None for each in configs) else None
     assets = _assets(options, own, source)
-    names = read_table(Path(options.names)) if options.names else Table()
+    names = Table() if options.names is None else read_table(options.names)
     settings: Settings = {"dtype": options.dtype, "max_shard_bytes": options.max_shard_size, "table": names}
     settings["merge_adapter"] = options.merge_adapter
     if options.plan:
@@ -109,23 +109,21 @@ def _assets(options: argparse.Namespace, own: Place | None, source: Place) -> As
     """Return the model's config, the tokenizer, and the config of an adapter, which needs no config of the model."""
     from ckpt_core.export.adapter_config import adapter_assets, find_adapter_config, with_adapter_config
     from ckpt_core.export.assets import fetch_assets, read_assets
-    from ckpt_core.urls import place_of
+    from ckpt_core.urls import name_or_path, place_of
 
-    model = place_of(options.model) if options.model and Path(options.model).is_dir() else own
-    adapter = place_of(options.adapter) if options.adapter else find_adapter_config(model)
+    named = None if options.model is None else name_or_path(options.model, "--model")
+    tokenizer = None if options.tokenizer is None else name_or_path(options.tokenizer, "--tokenizer")
+    model = place_of(named) if named and Path(named).is_dir() else own
+    adapter = find_adapter_config(model) if options.adapter is None else place_of(options.adapter, "--adapter")
     if adapter and not options.merge_adapter:
-        others = [model, place_of(options.tokenizer) if options.tokenizer else None]
+        others = [model, place_of(tokenizer) if tokenizer else None]
         return adapter_assets(adapter, [place for place in others if place])
-    if not own and not options.model:
+    if not own and not named:
         raise ArgumentError(
             f"{source}: has no config of its own; name one with --model PATH_OR_ID, or that of a LoRA adapter with "
             "--adapter DIR."
         )
-    assets = (
-        read_assets(own)
-        if own and not options.tokenizer
-        else fetch_assets(options.model or str(own), options.tokenizer)
-    )
+    assets = read_assets(own) if own and not tokenizer else fetch_assets(named or str(own), tokenizer)
     return with_adapter_config(assets, adapter) if adapter else assets
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from ckpt_core.cli.bar import Bar
@@ -27,17 +26,17 @@ def add_commands(commands: Commands) -> None:
 def _import(options: argparse.Namespace) -> Answer:
     from ckpt_core.export.imports import import_hf
     from ckpt_core.export.names import Table, read_table
-    from ckpt_core.urls import place_of
+    from ckpt_core.urls import local_path, place_of
 
     with Bar() as bar:
         made = import_hf(
-            place_of(options.hf),
-            Path(options.out),
+            place_of(options.hf, "HF"),
+            local_path(options.out, "OUT"),
             dtype=options.dtype,
             overwrite=options.overwrite,
             allow_nonfinite=options.allow_nonfinite,
             max_file_bytes=options.max_file_size,
-            table=read_table(Path(options.names)) if options.names else Table(),
+            table=Table() if options.names is None else read_table(options.names),
             workers=options.workers,
             progress=bar.show,
         )

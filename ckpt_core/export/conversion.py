@@ -34,7 +34,7 @@ from ckpt_core.export.write import INDEX_NAME, Care, check_ties, index_bytes
 from ckpt_core.format.digests import digest_bytes
 from ckpt_core.format.index import METADATA_NAME
 from ckpt_core.store import Checkpoint
-from ckpt_core.urls import place_of
+from ckpt_core.urls import place_of, writable_place
 from ckpt_core.workers import count_workers
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def convert(directory: Place, target: Place, *, assets: Assets, **settings: Unpa
         CheckpointError: the checkpoint is damaged, hostile, or does not fit the config; nothing is left at `target`.
         ExportError (an OSError): the disk is full, or failed.
     """
-    work = work_on(target)
+    work, directory = work_on(target), place_of(directory, "directory")
     from_afar = isinstance(work.target, Path) and not isinstance(directory, Path)  # what is sent is buffered in parts
     workers = settings.get("workers") or count_workers(remote=from_afar)
     check_target(directory, work.target, overwrite=settings.get("overwrite", False))
@@ -114,7 +114,7 @@ class Settings(TypedDict, total=False):
 
 def work_on(target: Place) -> Work:
     """Return the conversion to a directory, local or a URL's, begun or not."""
-    place = place_of(target)
+    place = writable_place(target, "target")
     if isinstance(place, Path):
         return LocalWork(place)
     from ckpt_core.export.remote_work import RemoteWork
@@ -128,7 +128,7 @@ def begin_conversion(directory: Place, target: Place, *, assets: Assets, **setti
     Returns:
         The names of the files of weights that are still to be written.
     """
-    work = work_on(target)
+    work, directory = work_on(target), place_of(directory, "directory")
     check_target(directory, work.target, overwrite=settings.get("overwrite", False))
     with work.held(), _given_up(work, after=False), disk_errors(work.target):
         _begin(work, directory, assets, settings)

@@ -33,11 +33,11 @@ from ckpt_core.export.write import check_same
 from ckpt_core.format.index import Span
 from ckpt_core.hf_weights import HfWeights, read_weights
 from ckpt_core.state import MODEL_KEY
-from ckpt_core.urls import local_path
+from ckpt_core.urls import local_path, place_of
 from ckpt_core.workers import count_workers, run_all
 
 if TYPE_CHECKING:
-    from ckpt_core.urls import Place
+    from ckpt_core.urls import AnyPath
 
 ASSETS_NAME = "assets"
 DEFAULT_FILE_BYTES = 1_000_000_000
@@ -60,8 +60,8 @@ class Import:
 
 
 def import_hf(
-    source: Place,
-    target: Path,
+    source: AnyPath,
+    target: AnyPath,
     *,
     dtype: str | None = None,
     overwrite: bool = False,
@@ -94,7 +94,7 @@ def import_hf(
     """
     if max_file_bytes <= 0:
         raise ArgumentError(f"max_file_bytes={max_file_bytes}: expected a positive number of bytes.")
-    target, weights = local_path(target), read_weights(source)
+    target, weights = local_path(target, "target"), read_weights(place_of(source, "source"))
     check_target(weights.place, target, overwrite=overwrite)
     assets = read_assets(weights.place, trust_remote_code=trust_remote_code)
     identities = {file: identity_of(weights.place / file) for file in weights.files}

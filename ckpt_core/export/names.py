@@ -7,10 +7,14 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ckpt_core.errors import ArgumentError, MismatchError
 from ckpt_core.locate import is_training_state
+from ckpt_core.urls import local_path
+
+if TYPE_CHECKING:
+    from ckpt_core.urls import AnyPath
 
 WRAPPERS = frozenset(
     {"_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "_forward_module"}
@@ -45,12 +49,13 @@ class Table:
         ]
 
 
-def read_table(path: Path) -> Table:
+def read_table(path: AnyPath) -> Table:
     r"""Read a table: JSON such as `{"drop": ["^ema\\."], "rename": [["^net\\.", "model."]]}`, of regular expressions.
 
     Raises:
         ArgumentError: it is not readable, or something in it is no regular expression.
     """
+    path = local_path(path, "names")
     try:
         return _parse(**json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError, re.error) as error:

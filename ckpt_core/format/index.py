@@ -16,7 +16,6 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from ckpt_core.durable import file_size
@@ -25,6 +24,7 @@ from ckpt_core.format import dtypes, stock
 from ckpt_core.format.cover import Shape, gap_or_overlap
 from ckpt_core.format.digests import ALGORITHM, algorithm_of, digest_bytes
 from ckpt_core.format.manifest import MANIFEST_NAME
+from ckpt_core.urls import place_of
 
 if TYPE_CHECKING:
     from ckpt_core.urls import Place
@@ -98,7 +98,7 @@ def read_index(directory: str | Place) -> Index:
         UntrustedError: the pickle asks for something that would run code.
         DamagedError: the metadata is not readable or contradicts itself.
     """
-    directory = Path(directory) if isinstance(directory, str) else directory
+    directory = place_of(directory, "directory")
     pickled, twin = directory / METADATA_NAME, directory / TWIN_NAME
     if not pickled.exists():
         raise NotACheckpointError(

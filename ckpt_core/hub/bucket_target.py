@@ -19,6 +19,7 @@ from collections.abc import Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import repeat
+from os import PathLike
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
@@ -34,7 +35,7 @@ from ckpt_core.errors import (
 from ckpt_core.hub.bucket_files import Files, LocalFiles, RemoteFiles
 from ckpt_core.hub.contents import Content, check_all, name_of
 from ckpt_core.hub.target import Entry, Progress, State, Tree
-from ckpt_core.urls import place_of
+from ckpt_core.urls import place_of, writable_place
 
 _COMMIT = re.compile(r"[0-9]{10}")
 _NAME = re.compile(r"[0-9a-f]{16}")
@@ -43,11 +44,11 @@ _FORMAT_VERSION = 1
 _THREADS = 8
 
 
-def open_bucket(where: str, *, private: bool = False) -> BucketTarget:
+def open_bucket(where: str | PathLike[str], *, private: bool = False, write: bool = False) -> BucketTarget:
     """Return the target at a path or URL; raises ArgumentError where none can be, or where it is to be private."""
     if private:
         raise ArgumentError(f"{where}: who may read a directory or bucket is set where it is kept, not by --private")
-    place = place_of(where)
+    place = writable_place(where, "where") if write else place_of(where, "where")
     if isinstance(place, Path):
         return BucketTarget(str(place), LocalFiles(place))
     return BucketTarget(place.as_uri(), RemoteFiles(place))

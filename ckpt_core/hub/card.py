@@ -13,6 +13,7 @@ import yaml
 from ckpt_core.errors import ArgumentError
 from ckpt_core.evaluation import METRICS
 from ckpt_core.hub.card_text import render_template
+from ckpt_core.urls import local_path
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -118,7 +119,7 @@ def render_card(
         "tags": list(dict.fromkeys(["ckptflow", "safetensors", *tags])),
         "metadata": dict(metadata or {}),
     }
-    body = render_template(Path(template) if template is not None else _TEMPLATE, _plain(facts))
+    body = render_template(local_path(template, "template") if template is not None else _TEMPLATE, _plain(facts))
     text = f"---\n{_front_matter(facts)}\n---\n\n{body.strip()}\n"
     try:
         text.encode()

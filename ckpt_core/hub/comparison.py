@@ -19,6 +19,7 @@ from ckpt_core.hub.releases import Release
 from ckpt_core.hub.serving import download, served
 from ckpt_core.hub.target import Tree, open_target
 from ckpt_core.policy import Decision, Policy, decide
+from ckpt_core.urls import local_path
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def compared_card(
     others = {f"Served before ({release.tag or release.commit[:12]})": figures["champion"]} if release else {}
     return export_card(
         str(where),
-        json.loads((Path(export) / MANIFEST).read_bytes()),
+        json.loads((local_path(export, "export") / MANIFEST).read_bytes()),
         metrics=figures["challenger"],
         compared=others,
         evaluated_on={"name": Path(data).name, "fingerprint": cast("Evaluation", comparison.challenger).fingerprint},

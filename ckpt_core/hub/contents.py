@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from ckpt_core.durable import file_size
 from ckpt_core.errors import ArgumentError, DamagedError
-from ckpt_core.urls import is_url
+from ckpt_core.urls import local_path, place_of
 
 MANIFEST = "export.json"
 CARD = "README.md"
@@ -168,14 +168,15 @@ def check_weights(export: Path) -> None:
 
 
 def _local(source: str | PathLike[str]) -> Path:
-    if Path(source).is_dir():
-        return Path(source)
-    if is_url(str(source)):
+    if not isinstance(place_of(source, "export"), Path):
         raise ArgumentError(
             f"{source} is a URL, and only local exports are published: copy it to a "
             "directory, with export.json last, and publish that; or convert to a local directory"
         )
-    raise ArgumentError(f"{source} is not a directory; publish takes what ckpt convert wrote")
+    path = local_path(source, "export")
+    if not path.is_dir():
+        raise ArgumentError(f"{source} is not a directory; publish takes what ckpt convert wrote")
+    return path
 
 
 def _in_memory(data: bytes) -> Content:

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike
-from pathlib import Path
 
 from ckpt_core.errors import HubConflictError
 from ckpt_core.hub.card_facts import export_card
@@ -17,6 +16,7 @@ from ckpt_core.hub.contents import Content, check_all, check_weights, name_of, r
 from ckpt_core.hub.releases import Release, check_tag, describe, next_version, tag_of
 from ckpt_core.hub.target import Progress, State, Target, Tree, open_target
 from ckpt_core.hub.verification import advance, differs, holds_model, other_bytes, read_back_all
+from ckpt_core.urls import local_path
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def stage(
     commit = state.head
     if commit is None or differs(target.tree(commit), contents):
         _check_parent(target, state.head, parent)
-        check_weights(Path(export))
+        check_weights(local_path(export, "export"))
         commit = target.stage(name, contents, state.head, progress)
         if wrong := differs(target.tree(commit), contents):
             raise other_bytes(target, commit, wrong)

@@ -7,6 +7,7 @@ from ckpt_core.errors import ArgumentError, HubContentError, HubError
 from ckpt_core.hub.releases import Release, describe, tag_of
 from ckpt_core.hub.target import open_target
 from ckpt_core.hub.verification import advance, holds_model
+from ckpt_core.urls import local_path
 
 
 def roll_back(where: str | PathLike[str], to: str, *, endpoint: str | None = None, token: str | None = None) -> Release:
@@ -65,7 +66,7 @@ def download(
 
     Raises HubContentError for a file that is missing or not what the target says; HubError where it cannot be read.
     """
-    target, place = open_target(where, endpoint=endpoint, token=token), Path(directory)
+    target, place = open_target(where, endpoint=endpoint, token=token), local_path(directory, "directory")
     commit = target.read().tags.get(revision, revision)
     tree = target.tree(commit)
     target.download(commit, place)

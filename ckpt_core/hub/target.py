@@ -166,7 +166,7 @@ def open_target(
     if is_address(where):
         from ckpt_core.hub.bucket_target import open_bucket
 
-        return open_bucket(str(where), private=private)
+        return open_bucket(where, private=private, write=write)
     from ckpt_core.hub.connection import Connection
     from ckpt_core.hub.hub_target import HubTarget
     from ckpt_core.hub.releases import check_repo_id

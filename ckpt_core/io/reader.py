@@ -49,13 +49,13 @@ class SafeReader(StorageReader):
 
     def __init__(self, path: str | Place, index: Index | None = None) -> None:
         super().__init__()
-        self.path = place_of(path)
+        self.path = place_of(path, "path")
         self.index = index
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin a load."""
-        if checkpoint_id:
-            self.path, self.index = place_of(os.fspath(checkpoint_id)), None
+        if checkpoint_id is not None:
+            self.path, self.index = place_of(checkpoint_id, "checkpoint_id"), None
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
         """Read what the directory holds, without running its pickle."""
@@ -123,7 +123,7 @@ class SafeReader(StorageReader):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Whether it is a path or URL that can be reached."""
-        return is_reachable(os.fspath(checkpoint_id))
+        return is_reachable(checkpoint_id)
 
 
 @dataclass(frozen=True, slots=True)

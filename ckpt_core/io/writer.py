@@ -28,7 +28,7 @@ from ckpt_core.format.manifest import FileRecord, record_bytes
 from ckpt_core.io.archive import Archive
 from ckpt_core.io.chunks import raw_bytes
 from ckpt_core.io.metadata import to_index
-from ckpt_core.urls import is_reachable, place_of
+from ckpt_core.urls import is_reachable, writable_place
 
 if TYPE_CHECKING:
     from ckpt_core.urls import Place
@@ -51,14 +51,14 @@ class DigestWriter(StorageWriter):
 
     def __init__(self, path: str | Place, *, twin: bool = False, digest: bool = True) -> None:
         super().__init__()
-        self.path = place_of(path)
+        self.path = writable_place(path, "path")
         self.records: dict[str, FileRecord] = {}
         self._twin, self._digest = twin, digest
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin a save."""
-        if checkpoint_id:
-            self.path = place_of(os.fspath(checkpoint_id))
+        if checkpoint_id is not None:
+            self.path = writable_place(checkpoint_id, "checkpoint_id")
         self.records = {}
 
     def set_up_storage_writer(self, is_coordinator: bool, *_: Any, **__: Any) -> None:
@@ -116,7 +116,7 @@ class DigestWriter(StorageWriter):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Whether it is a path or URL that can be reached."""
-        return is_reachable(os.fspath(checkpoint_id))
+        return is_reachable(checkpoint_id)
 
 
 def _tensors_last(items: list[WriteItem]) -> list[WriteItem]:

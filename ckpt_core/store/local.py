@@ -61,7 +61,7 @@ class LocalStore:
     """A store in a directory of a local or shared POSIX file system."""
 
     def __init__(self, root: str | Path) -> None:
-        self.root = local_path(root)
+        self.root = local_path(root, "root")
         self._locks: dict[Path, int] = {}
         self._deletions = Deletions()
 

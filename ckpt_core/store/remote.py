@@ -82,7 +82,7 @@ class RemoteStore:
     """A store at `s3://`, `gs://`, `memory://` or any other URL that fsspec knows."""
 
     def __init__(self, url: str | Place) -> None:
-        place = place_of(url)
+        place = place_of(url, "url")
         if isinstance(place, Path):
             raise ArgumentError(f"{url}: a local path; open it with `open_store`.")
         self.root = place

@@ -25,6 +25,7 @@ from ckpt_core.testing.hub_app import create_app
 from ckpt_core.testing.hub_faults import Faults
 from ckpt_core.testing.hub_log import OnRequest, Recorded, RequestLog
 from ckpt_core.testing.hub_wire import Cuttable, Faulty
+from ckpt_core.urls import local_path
 
 _HOST = "127.0.0.1"
 _HIGHEST_PORT = 65535
@@ -56,12 +57,13 @@ def serve(
     `hub_app.create_app`: `token`, `read_only_token`, `xet`, `part_size`, `page_size`. Call it in the main thread.
     Raises ArgumentError where the port cannot be had.
     """
+    place = local_path(directory, "directory")
     with _listening(port) as listener:
         log = RequestLog()
-        server = _server(create_app(Path(directory), **options), log, faults, on_request)
+        server = _server(create_app(place, **options), log, faults, on_request)
         with _stopped_by_signals(server):
             if ready is not None:
-                ready(HubServer(_endpoint(listener), Path(directory), log))
+                ready(HubServer(_endpoint(listener), place, log))
             server.run(sockets=[listener])
 
 
@@ -75,13 +77,14 @@ def hub_server(
     **options: Any,
 ) -> Generator[HubServer]:
     """Serve the repositories in `directory` from a thread while the block runs; options as for `serve`."""
+    place = local_path(directory, "directory")
     with _listening(port) as listener:
         log = RequestLog()
-        server = _server(create_app(Path(directory), **options), log, faults, on_request)
+        server = _server(create_app(place, **options), log, faults, on_request)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="local Hub")
         thread.start()
         try:
-            yield HubServer(_endpoint(listener), Path(directory), log)
+            yield HubServer(_endpoint(listener), place, log)
         finally:
             server.should_exit = True
             thread.join()

@@ -53,7 +53,7 @@ def verify(
         NotACheckpointError: there is neither a checkpoint nor an export.
         ArgumentError: `sample` is not above 0 and at most 1.
     """
-    place = place_of(url)
+    place = place_of(url, "path")
     work = Work(Sample(sample, seed), finite=not allow_nonfinite, progress=progress)
     if file_size(place / EXPORT_NAME) is not None:
         return verify_export(place, work)

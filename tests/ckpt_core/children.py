@@ -17,7 +17,7 @@ from ckpt_core import durable, io
 from ckpt_core.errors import ExportError
 from ckpt_core.export import convert, plan_export
 from ckpt_core.export.assets import read_assets
-from ckpt_core.native_checkpoint import save_checkpoint
+from ckpt_core.native_checkpoint import save_checkpoint, save_tokenizer_on_rank0
 from ckpt_core.urls import place_of
 
 
@@ -29,6 +29,14 @@ class Words:
         Path(directory, "tokenizer.json").write_text("{}")
         Path(directory, "extra").mkdir()
         Path(directory, "extra", "merges.txt").write_text("a b")
+
+
+class FailingWords(Words):
+    """A tokenizer that cannot be written."""
+
+    def save_pretrained(self, directory: str) -> None:
+        """Fail."""
+        raise PermissionError(f"{directory}: not yours")
 
 
 def training(*, steps: int = 2, seed: int = 0) -> tuple[nn.ModuleList, torch.optim.Optimizer, Any]:
@@ -45,6 +53,16 @@ def save_when_continued(weights: str, optimizer_path: str, tokenizer_path: str) 
     model, optimizer, scheduler = training(steps=1)
     os.kill(os.getpid(), signal.SIGSTOP)
     save_checkpoint(model, weights, optimizer, scheduler, optimizer_path, Words(), tokenizer_path)
+
+
+def save_tokenizer_on_each_rank(directory: str, *, fail: bool) -> list[str]:
+    """Save a tokenizer from every rank; return what this one sees right after."""
+    path = Path(directory, "tokenizer")
+    if dist.get_rank() == 0:
+        path.mkdir()
+    tokenizer = FailingWords() if fail else Words()
+    save_tokenizer_on_rank0(tokenizer, str(path))
+    return sorted(str(p.relative_to(path)) for p in path.rglob("*"))
 
 
 def convert_when_continued(directory: str, assets: str, target: str, overwrite: bool) -> None:

@@ -627,6 +627,40 @@ class TestConvertDcpToHf:
         assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "kept", "link"]
         assert list(kept.iterdir()) == []
 
+    def test_overrides_are_the_configs(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        """`hf_overrides` gives the config that `AutoConfig.from_pretrained` makes of them."""
+        model = model_of("llama")
+        save_checkpoint(model, str(tmp_path / "dcp"))
+        config = str(config_directory(model, tmp_path / "config"))
+        rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
+        overrides = {"max_position_embeddings": 256, "rope_parameters": rope, "num_labels": 3, "no_such_value": 1}
+        given = copy.deepcopy(overrides)
+        convert_dcp_to_hf(str(tmp_path / "dcp"), str(tmp_path / "hf"), config, config, False, overrides)
+        assert overrides == given
+        assert "no_such_value" in caplog.text
+        found, wanted = (
+            AutoConfig.from_pretrained(tmp_path / "hf").to_dict(),
+            AutoConfig.from_pretrained(config, **copy.deepcopy(overrides)).to_dict(),
+        )
+        ignored = {"_name_or_path", "architectures", "dtype", "transformers_version"}
+        assert {k: v for k, v in found.items() if k not in ignored} == {
+            k: v for k, v in wanted.items() if k not in ignored
+        }
+        assert found["max_position_embeddings"] == 256
+        for none in ({}, None):
+            convert_dcp_to_hf(str(tmp_path / "dcp"), str(tmp_path / "hf"), config, config, True, none)
+            assert AutoConfig.from_pretrained(tmp_path / "hf").max_position_embeddings != 256
+
+    @pytest.mark.parametrize("overrides", [{"hidden_size": "wide"}, {"rope_parameters": {"factor": object()}}], ids=str)
+    def test_overrides_that_cannot_be_are_refused(self, tmp_path: Path, overrides: dict[str, Any]) -> None:
+        """A value that the config does not accept, or JSON does not have, is an ArgumentError."""
+        model = model_of("llama")
+        save_checkpoint(model, str(tmp_path / "dcp"))
+        config = str(config_directory(model, tmp_path / "config"))
+        with pytest.raises(errors.ArgumentError, match="hf_overrides"):
+            convert_dcp_to_hf(str(tmp_path / "dcp"), str(tmp_path / "hf"), config, config, hf_overrides=overrides)
+        assert not (tmp_path / "hf").exists()
+
     def test_what_is_missing_is_a_file_not_found_error(self, tmp_path: Path) -> None:
         """No checkpoint, no config and no tokenizer are each named, and nothing is written."""
         model = model_of("llama")

@@ -5,13 +5,16 @@ import inspect
 import os
 import shutil
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
+import gloo_ranks
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from children import Words, save_when_continued, training
+from children import FailingWords, Words, save_tokenizer_on_each_rank, save_when_continued, training
 from small_models import assert_same, forward, layers, snapshot
 from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
@@ -59,7 +62,9 @@ class TestSignatures:
                 "model_name_or_path",
                 "tokenizer_name_or_path",
                 "overwrite=False",
+                "hf_overrides={}",
             ],
+            "save_tokenizer_on_rank0": ["tokenizer", "tokenizer_path"],
             "ModelState": ["model"],
             "OptimizerState": ["model", "optimizer", "scheduler=None"],
         }
@@ -74,6 +79,54 @@ class TestSignatures:
             assert kinds == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
         assert inspect.signature(save_checkpoint).return_annotation == "None"
         assert inspect.signature(native_checkpoint.convert_dcp_to_hf).return_annotation == "str"
+
+
+class TestTokenizerOnRank0:
+    """`save_tokenizer_on_rank0`, which NeMo-RL's workers call by themselves."""
+
+    def test_without_ranks_it_is_saved_at_the_given_path(self, tmp_path: Path) -> None:
+        """The tokenizer is given the very path, and its error is raised as it is."""
+        tokenizer = MagicMock()
+        native_checkpoint.save_tokenizer_on_rank0(tokenizer, "/a/path")
+        tokenizer.save_pretrained.assert_called_once_with("/a/path")
+        with pytest.raises(PermissionError, match="not yours"):
+            native_checkpoint.save_tokenizer_on_rank0(FailingWords(), str(tmp_path))
+
+    def test_one_of_two_ranks_writes_and_both_see_it(self, tmp_path: Path) -> None:
+        """Two that wrote would meet; the one that does not write returns when the files are there."""
+        outcomes = gloo_ranks.run_ranks(2, partial(save_tokenizer_on_each_rank, fail=False), str(tmp_path))
+        assert gloo_ranks.values(outcomes) == [["extra", "extra/merges.txt", "tokenizer.json"]] * 2
+
+    def test_an_error_on_rank_0_is_one_on_all(self, tmp_path: Path) -> None:
+        """No rank waits for one that failed, or goes on as if it had not."""
+        outcomes = gloo_ranks.run_ranks(2, partial(save_tokenizer_on_each_rank, fail=True), str(tmp_path))
+        assert [(outcome.errors[0], "not yours" in outcome.text) for outcome in outcomes] == [
+            ("PermissionError", True)
+        ] * 2
+
+    @pytest.mark.parametrize("rank", [0, 1, 31])
+    def test_callers_may_stand_in_for_ranks(self, monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+        """With the functions of torch replaced, as in tests of trainers, rank 0 saves, and every rank waits once."""
+        waits: list[int] = []
+        monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+        monkeypatch.setattr("torch.distributed.get_rank", lambda: rank)
+        monkeypatch.setattr("torch.distributed.barrier", lambda: waits.append(rank))
+        tokenizer = MagicMock()
+        native_checkpoint.save_tokenizer_on_rank0(tokenizer, "/a/path")
+        assert (tokenizer.save_pretrained.call_count, waits) == (int(rank == 0), [rank])
+
+    def test_a_checkpoints_tokenizer_goes_the_same_way(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """`save_checkpoint` on a stand-in for rank 3 saves the model by `dcp.save`, once, and no tokenizer."""
+        monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+        monkeypatch.setattr("torch.distributed.get_rank", lambda: 3)
+        monkeypatch.setattr("torch.distributed.barrier", lambda: None)
+        saved = MagicMock()
+        monkeypatch.setattr("torch.distributed.checkpoint.save", saved)
+        tokenizer = MagicMock()
+        paths = {"weights_path": str(tmp_path / "weights"), "tokenizer_path": str(tmp_path / "tokenizer")}
+        save_checkpoint(layers(), tokenizer=tokenizer, **paths)
+        saved.assert_called_once()
+        tokenizer.save_pretrained.assert_not_called()
 
 
 class TestStates:
