@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -178,7 +179,8 @@ def _read(directory: Path | None) -> dict[str, bytes]:
     if directory is None:
         return {}
     if not directory.is_dir():
-        raise ArgumentError(f"assets: {directory}: no such directory; give one with the files that go along.")
+        text = "assets: no such directory; give one with the files that go along"
+        raise FileNotFoundError(errno.ENOENT, text, str(directory))
     files = dict(durable.files_below(directory))
     for path in files.values():
         if not path.is_file():
