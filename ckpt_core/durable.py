@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 _PART_BYTES = 16 << 20
 """What is sent to an object store in one request."""
 
+GONE = {errno.ENOENT, errno.ENOTDIR, errno.ESTALE}
+"""How a file system says that nothing has a name; NFS says the last where another client deleted what had it."""
+
 NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 """How a file system says that it has no links, or not that many."""
 
@@ -163,8 +166,10 @@ def file_size(place: Place) -> int | None:
     """Return the size in bytes of a regular file, or of what a link leads to; None if there is none."""
     try:
         status = place.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+    except OSError as error:
+        if error.errno in GONE or isinstance(error, FileNotFoundError):  # plugins of fsspec set no errno
+            return None
+        raise
     return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
@@ -205,6 +210,14 @@ def remove_tree(path: Path) -> None:
     while os.path.lexists(path):
         with suppress(FileNotFoundError):
             shutil.rmtree(path)
+
+
+def share(path: Path) -> None:
+    """Let those who may read or write in a directory do so with a file or directory in it, whatever the umask."""
+    mode = path.stat().st_mode
+    own, others = (0o7700, 0o077) if stat.S_ISDIR(mode) else (0o7700, 0o066)
+    with suppress(PermissionError):  # another user's
+        path.chmod(mode & own | path.parent.stat().st_mode & others)
 
 
 def make_directory(path: Path) -> None:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 from ckpt_core.errors import ArgumentError
-from ckpt_core.evaluation import METRICS
+from ckpt_core.metrics import Direction, direction_of
 
-Direction = Literal["lower", "higher"]
 Figures = Mapping[str, float | None]
 """What was measured of a model, by the metric's name; None or no entry where it was not."""
 
@@ -19,20 +17,18 @@ Figures = Mapping[str, float | None]
 class Policy:
     """The metric that decides, which way is better, and by how much a challenger must be better, in its unit.
 
-    Raises ArgumentError for a direction that is none, or not that of one of this library's own metrics, and for a
-    margin that is negative or no finite number.
+    The direction may be left out for a metric whose name says it (see `ckpt_core.metrics`).
+
+    Raises ArgumentError for a direction that is none, that is not known, or that is not that of one of this library's
+    own metrics, and for a margin that is negative or no finite number.
     """
 
     metric: str = "heldout_loss"
-    direction: Direction = "lower"
+    direction: Direction | None = None
     margin: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.direction not in get_args(Direction):
-            raise ArgumentError(f"direction {self.direction!r}: expected 'lower' or 'higher', which of them is better")
-        known = METRICS.get(self.metric)
-        if known and known.direction != self.direction:
-            raise ArgumentError(f"direction {self.direction!r}: a {known.direction} {self.metric} is the better one")
+        object.__setattr__(self, "direction", direction_of(self.metric, self.direction))
         if not (math.isfinite(self.margin) and self.margin >= 0):
             raise ArgumentError(f"margin {self.margin!r}: expected 0 or more, in the unit of {self.metric}")
 

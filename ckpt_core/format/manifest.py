@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from ckpt_core.errors import DamagedError
-from ckpt_core.format.digests import ALGORITHM, CACHED_BYTES, digest_bytes, hasher
+from ckpt_core.format.digests import ALGORITHM, digest_bytes, hasher
 from ckpt_core.format.source import open_source
 
 if TYPE_CHECKING:
@@ -161,8 +161,8 @@ def record_file(place: Place, algorithm: str = ALGORITHM) -> FileRecord:
         DamagedError: there is no file.
     """
     made, size = hasher(algorithm), 0
-    buffer = memoryview(bytearray(CACHED_BYTES))
     with open_source(place) as source:
+        buffer = memoryview(bytearray(source.block_bytes))
         while count := source.read_at(size, buffer):
             made.update(buffer[:count])
             size += count

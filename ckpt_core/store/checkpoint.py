@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
+import os
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckpt_core import durable, locks
 from ckpt_core.errors import DamagedError, NotACheckpointError
-from ckpt_core.format.manifest import FORMAT_VERSION, MANIFEST_NAME, MAX_BYTES, Manifest, parse_manifest, read_manifest
+from ckpt_core.format.digests import algorithm_of
+from ckpt_core.format.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    MAX_BYTES,
+    FileRecord,
+    Manifest,
+    parse_manifest,
+    read_manifest,
+    record_file,
+)
 from ckpt_core.store import objects, records
 from ckpt_core.store.names import DAMAGED, STAGING, TRASH, parse_step
 
@@ -19,6 +33,11 @@ if TYPE_CHECKING:
     from upath import UPath
 
     from ckpt_core.urls import Place
+
+_READERS = 4
+"""How many files are digested at once: a core digests faster than most disks and networks deliver."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,7 +84,14 @@ class Checkpoint:
             with records.leased(self.path, self.manifest):
                 yield
             return
-        with locks.locked(self.path / MANIFEST_NAME, locks.SHARED) as held:
+        with ExitStack() as stack:
+            try:
+                held = stack.enter_context(locks.locked(self.path / MANIFEST_NAME, locks.SHARED))
+            except OSError as error:
+                if error.errno not in locks.UNSUPPORTED or os.access(self.path.parent, os.W_OK, effective_ids=True):
+                    raise
+                _log.warning("%s: read without a lease, since the file system has no locks", self.path)
+                held = self.path  # read-only for this user; where nothing can be locked, nothing is pruned
             if not held or read_manifest(self.path).digest() != self.manifest.digest():
                 raise NotACheckpointError(f"{self.path}: deleted by a pruner before it could be read.")
             yield
@@ -88,6 +114,32 @@ def open_remote(path: UPath) -> Checkpoint:
     return checkpoint
 
 
+def check_digests(checkpoint: Checkpoint) -> None:
+    """Read every file of a step and compare it with its digest, under a lease.
+
+    Raises:
+        NotACheckpointError: a pruner deleted the step.
+        DamagedError: a file has other bytes.
+    """
+
+    def check(name: str, record: FileRecord) -> None:
+        found = record_file(checkpoint.root / name, algorithm_of(record.digest))
+        if found != record:
+            raise DamagedError(
+                f"{checkpoint.root}/{name}: has {found.digest}, the manifest says {record.digest}; restore a copy of "
+                "it, or move the step elsewhere."
+            )
+
+    with checkpoint.lease(), ThreadPoolExecutor(_READERS) as pool:
+        checks = [pool.submit(check, name, record) for name, record in checkpoint.manifest.files.items()]
+        try:
+            for each in checks:
+                each.result()
+        finally:
+            for each in checks:
+                each.cancel()
+
+
 def is_newer(path: Place) -> bool:
     """Whether a step that this library cannot read was committed by a later version of it, which can."""
     place = path / MANIFEST_NAME
@@ -107,7 +159,9 @@ def _read(path: Place, read: Callable[[], Manifest]) -> Checkpoint:
         raise NotACheckpointError(f"{path}: never committed, deleted, or set aside; see `ckpt list` of the store.")
     try:
         return Checkpoint(path, read())
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError) and error.errno not in {*durable.GONE, errno.ENAMETOOLONG}:
+            raise
         raise NotACheckpointError(
             f"{path}: no {MANIFEST_NAME}, so no committed step; see `ckpt list` of the store."
         ) from None

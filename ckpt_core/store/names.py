@@ -16,6 +16,9 @@ PINS = "pins"
 CHAMPION = "champion"
 """The pin of the step that is served."""
 
+LOCK = ".lock"
+"""What ends the name of the lock file of a directory in which a step is written."""
+
 _STEP_NAME = re.compile(r"step_([0-9]{10})")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -29,6 +32,11 @@ def parse_step(name: str) -> int | None:
     """Return the step that a directory name stands for, or None if it is not a step's."""
     match = _STEP_NAME.fullmatch(name)
     return int(match[1]) if match else None
+
+
+def is_debris(name: str, kind: str) -> bool:
+    """Whether a hidden name is one that a store gave: `.trash-1000` or a native save's directory is not ours."""
+    return name.startswith(kind) and parse_step(name.removeprefix(kind)[: len(step_name(0))]) is not None
 
 
 def is_name(name: str) -> bool:

@@ -23,7 +23,7 @@ class Pruned:
     """Those that somebody reads, or pinned meanwhile: they stay until the next time."""
 
     errors: tuple[str, ...] = ()
-    """What went wrong, in sentences; the next `prune` tries again. Of a deletion in the background, see `wait`."""
+    """What went wrong, in sentences, and which steps are not sound. Of a deletion in the background, see `wait`."""
 
 
 class Staging(Protocol):
@@ -58,11 +58,11 @@ class Store(Protocol):
         ...
 
     def runs(self) -> list[str]:
-        """Return the names of the runs that have a committed step, sorted."""
+        """Return the names of the runs that have a committed step, sorted; unreadable ones are left out and logged."""
         ...
 
     def list(self, run: str) -> list[Checkpoint]:
-        """Return the committed steps of a run, oldest first; damaged ones are left out and logged."""
+        """Return the committed steps of a run, oldest first; damaged and unreadable ones are left out and logged."""
         ...
 
     def latest(self, run: str) -> Checkpoint | None:
@@ -70,7 +70,7 @@ class Store(Protocol):
         ...
 
     def stage(self, run: str, step: int) -> Staging:
-        """Begin to write a step; debris of dead writers is removed.
+        """Begin to write a step; what dead writers left is removed.
 
         Raises:
             StepExistsError: the step is committed already.
@@ -81,15 +81,22 @@ class Store(Protocol):
         """End what `stage` began; without a commit, nothing of it stays. Raises no OSError: the outcome stands."""
         ...
 
-    def prune(self, run: str, retention: Retention, *, background: bool = False) -> Pruned:
+    def prune(self, run: str, retention: Retention, *, background: bool = False, dry_run: bool = False) -> Pruned:
         """Delete the steps of a run that the policy does not keep and nobody reads, and debris.
 
-        The newest whole step, pinned ones and damaged ones always stay.
+        The newest sound step, pinned ones, damaged and unreadable ones always stay. Before anything is deleted, the
+        newest step that stays is read; if its bytes are not those of its digests it does not count, and the next
+        older one is read.
 
         Args:
             run: the run.
             retention: what stays besides.
             background: take the steps away now, and free their bytes on a thread; `wait` tells how that went.
+            dry_run: delete nothing, and return what would be deleted if nobody reads it.
+
+        Raises:
+            ArgumentError: the steps cannot be ranked by the policy's metric; nothing was deleted.
+            DamagedError: a pin does not name a step; nothing was deleted.
         """
         ...
 

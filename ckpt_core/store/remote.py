@@ -32,7 +32,7 @@ from ckpt_core.store.deletions import Deletions, attempt
 from ckpt_core.store.names import PINS, check_name, check_step, is_name, parse_step, step_name
 from ckpt_core.store.pins import no_pin, parse_pin, pin_bytes
 from ckpt_core.store.protocol import Pruned, Staging
-from ckpt_core.store.pruning import given_up, take_away
+from ckpt_core.store.pruning import plan, take_away
 from ckpt_core.urls import place_of
 
 if TYPE_CHECKING:
@@ -139,19 +139,22 @@ class RemoteStore:
         if staging.committed or attempt(staging.path, delete) is None:
             staging.record.delete()
 
-    def prune(self, run: str, retention: Retention, *, background: bool = False) -> Pruned:
-        """Delete the steps of a run that the policy does not keep and nobody reads, and debris.
+    def prune(self, run: str, retention: Retention, *, background: bool = False, dry_run: bool = False) -> Pruned:
+        """Delete the steps of a run that the policy does not keep and nobody reads, and debris; see `Store.prune`.
 
         Args:
             run: the run.
-            retention: what stays, besides the newest whole step, pinned ones and damaged ones.
+            retention: what stays, besides the newest sound step, pinned ones and damaged ones.
             background: delete the manifests now, and the files on a thread; `wait` tells how that went.
+            dry_run: delete nothing, and return what would be deleted if nobody reads it.
         """
-        swept = [error for _, error in debris.sweep(self._directory(run)) if error]
         present = [int(path.name[-10:]) for path in self._steps(run)]
-        old = given_up(present, self.list(run), retention, self.pins(run))
-        pruned = take_away(old, self._bury, self._deletions, background=background)
-        return replace(pruned, errors=(*swept, *pruned.errors))
+        planned = plan(present, self.list(run), retention, self.pins(run))
+        if dry_run:
+            return Pruned(tuple(checkpoint.step for checkpoint in planned.old), errors=planned.errors)
+        swept = [error for _, error in debris.sweep(self._directory(run)) if error]
+        pruned = take_away(planned.old, self._bury, self._deletions, background=background)
+        return replace(pruned, errors=(*swept, *planned.errors, *pruned.errors))
 
     def wait(self) -> tuple[str, ...]:
         """Wait for deletions in the background; return what went wrong with them since the last call, in sentences."""

@@ -181,6 +181,15 @@ def test_diff_tells_how_two_differ(ckpt: Run, place: Path, tmp_path: Path) -> No
 def test_list_and_prune_work_on_a_store(ckpt: Run, tmp_path: Path) -> None:
     """The committed steps are listed by run; prune leaves the newest ones of each run, or of one."""
     store = tmp_path / "store"
+    for command in (
+        ("list", store),
+        ("prune", store, "--keep-last", 1),
+        ("repair", store),
+        ("pin", store, "a", "x", 1),
+    ):
+        assert ckpt(*command)[0] == 1
+    assert not store.exists()
+    store.mkdir()
     assert ckpt("list", store)[:2] == (0, f"{store.as_uri()}: no committed steps\n")
     for run in ("a", "b"):
         for step in (1, 2, 3):
@@ -192,7 +201,7 @@ def test_list_and_prune_work_on_a_store(ckpt: Run, tmp_path: Path) -> None:
     assert [entry["step"] for entry in facts["runs"]["a"]] == [1, 2, 3]
     assert facts["runs"]["b"][0]["url"] == (store / "b" / "step_0000000001").as_uri()
     dry = ("prune", store, "--keep-last", 2, "--run", "a", "--dry-run")
-    assert json.loads(ckpt(*dry, "--json")[1]) == {"would_delete": {"a": [1]}}
+    assert json.loads(ckpt(*dry, "--json")[1]) == {"would_delete": {"a": [1]}, "errors": []}
     assert ckpt(*dry)[1] == "a: would delete [1]\n"
     pruned = json.loads(ckpt("prune", store, "--keep-last", 2, "--run", "a", "--json")[1])
     assert pruned == {"deleted": {"a": [1]}, "leased": {"a": []}, "errors": []}

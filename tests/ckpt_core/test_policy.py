@@ -81,7 +81,8 @@ def test_two_models_never_beat_each_other(direction, margin, one, other):
     ("arguments", "message"),
     [
         (("heldout_loss", "smaller"), "direction 'smaller': expected 'lower' or 'higher'"),
-        (("accuracy",), "direction 'lower': a higher accuracy is the better one"),
+        (("accuracy", "lower"), "direction 'lower': a higher accuracy is the better one"),
+        (("score",), "metric 'score': whether a lower or a higher one is better is not known"),
         (("perplexity", "higher"), "direction 'higher': a lower perplexity is the better one"),
         (("score", "higher", -1.0), "margin -1.0: expected 0 or more, in the unit of score"),
         (("score", "higher", float("nan")), "margin nan"),
@@ -92,6 +93,15 @@ def test_a_wrong_policy_is_refused(arguments, message):
     """A direction that is none, or the wrong one of a known metric, and a margin that is none, are told by name."""
     with pytest.raises(ArgumentError, match=message):
         Policy(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("metric", "direction"),
+    [("accuracy", "higher"), ("heldout_loss", "lower"), ("eval_f1", "higher"), ("wer", "lower")],
+)
+def test_the_direction_is_the_metrics_own(metric, direction):
+    """It may be left out where the name says it."""
+    assert Policy(metric).direction == direction
 
 
 def test_deciding_needs_no_torch():

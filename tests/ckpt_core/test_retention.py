@@ -3,12 +3,13 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ckpt_core.errors import ArgumentError
-from ckpt_core.retention import Retention, StepFacts, kept
+from ckpt_core.retention import Retention, StepFacts, check_metric, kept
 
 VALUES = st.none() | st.floats() | st.integers(-3, 3) | st.booleans() | st.text(max_size=2) | st.just(10**400)
 
@@ -28,7 +29,7 @@ def policies(draw):
         keep_last=draw(st.integers(1, 5)),
         keep_best=best,
         metric="loss" if best else None,
-        mode=draw(st.sampled_from(["min", "max"])),
+        mode=draw(st.none() | st.sampled_from(["min", "max"])) if best else None,
         keep_every=draw(st.none() | st.integers(1, 7)),
     )
 
@@ -82,7 +83,7 @@ class TestProperties:
     def test_the_best_are_the_best(self, run, policy):
         """No step that is given up has a better metric than one that stays among the best, and only numbers rank."""
         only_best = dataclasses.replace(policy, keep_every=None)
-        sign = 1 if policy.mode == "min" else -1
+        sign = -1 if policy.mode == "max" else 1
         ranked = {
             fact.step: sign * fact.metrics["loss"]
             for fact in run
@@ -114,6 +115,19 @@ class TestCases:
         assert kept(steps_of(losses), Retention(keep_last=1, keep_best=9, metric="loss")) == {0, 1, 3, 6, 7}
         assert kept(steps_of(losses), Retention(keep_last=1, keep_best=9, metric="accuracy")) == {7}
 
+    @pytest.mark.parametrize(
+        ("metric", "mode", "best"),
+        [
+            ("accuracy", None, 1), ("eval_accuracy", None, 1), ("val/F1", None, 1), ("rougeL", None, 1),
+            ("loss", None, 0), ("heldout_loss", None, 0), ("eval/perplexity", None, 0), ("test_WER", None, 0),
+            ("loss", "max", 1), ("my_score", "max", 1), ("my_score", "min", 0),
+        ],
+    )  # fmt: skip
+    def test_the_direction_is_the_metrics_own(self, metric, mode, best):
+        """Accuracy is maximised and a loss minimised by name; of any other metric the caller has to say which."""
+        run = [StepFacts(0, {metric: 0.1}), StepFacts(1, {metric: 0.9}), StepFacts(2, {metric: 0.5})]
+        assert kept(run, Retention(keep_last=1, keep_best=1, metric=metric, mode=mode)) == {best, 2}
+
     def test_every(self):
         """Every multiple stays."""
         assert kept([StepFacts(step) for step in range(10)], Retention(keep_last=1, keep_every=4)) == {0, 4, 8, 9}
@@ -128,9 +142,51 @@ class TestCases:
             {"keep_last": 1, "metric": "loss"},
             {"keep_last": 1, "keep_best": 1, "metric": "loss", "mode": "best"},
             {"keep_last": 1, "keep_every": 0},
+            {"keep_last": True},
+            {"keep_last": 2.0},
+            {"keep_last": "3"},
+            {"keep_last": 1, "keep_best": True, "metric": "loss"},
+            {"keep_last": 1, "keep_every": 1.5},
+            {"keep_last": 1, "mode": "max"},
+            {"keep_last": 1, "keep_best": 1, "metric": ""},
+            {"keep_last": 1, "keep_best": 1, "metric": "my_score"},
+            {"keep_last": 1, "keep_best": 1, "metric": "loss_of_hearing"},
+            {"keep_last": 1, "keep_best": 1, "metric": "accuracy", "mode": "min"},
+            {"keep_last": 1, "keep_best": 1, "metric": "perplexity", "mode": "max"},
         ],
     )
     def test_policies_that_are_none(self, wrong):
-        """A policy that would keep nothing, or half says something, is refused when it is made."""
-        with pytest.raises(ArgumentError, match=r"keep_|mode"):
+        """A policy that would keep nothing, says half of something or contradicts itself is refused when it is made."""
+        with pytest.raises(ArgumentError, match=r"keep_|mode|metric="):
             Retention(**wrong)
+
+    def test_numbers_of_other_types(self):
+        """Integers of numpy are integers, and huge ones keep everything."""
+        assert Retention(keep_last=np.int64(3), keep_every=np.int32(2)) == Retention(keep_last=3, keep_every=2)
+        run = [StepFacts(step) for step in range(3)]
+        assert kept(run, Retention(keep_last=10**30, keep_every=10**30)) == {0, 1, 2}
+
+
+class TestMetric:
+    """Whether a run's steps can be ranked."""
+
+    BEST = Retention(keep_last=1, keep_best=1, metric="loss")
+
+    @pytest.mark.parametrize("losses", [[None, None], [math.nan, math.inf], [1.0, True], [1.0, "0.5"], [[1.0], 2.0]])
+    def test_steps_that_cannot_be_ranked(self, losses):
+        """A metric that no step has as a finite number, or that is no number in one of them, is an error."""
+        with pytest.raises(ArgumentError, match="is not known"):
+            check_metric(steps_of(losses), self.BEST)
+
+    def test_a_misspelt_name(self):
+        """The error names the metrics that there are."""
+        with pytest.raises(ArgumentError, match=r"no step has a finite one.*the steps have accuracy, loss"):
+            check_metric(
+                [StepFacts(1, {"loss": 1.0, "accuracy": 2, "note": "x"})],
+                dataclasses.replace(self.BEST, metric="los", mode="min"),
+            )
+
+    @pytest.mark.parametrize("run", [[], steps_of([1.0, None, math.nan]), [StepFacts(1, {"loss": "x"}, valid=False)]])
+    def test_steps_that_can(self, run):
+        """One that has it is enough, and a run without whole steps has nothing to rank."""
+        check_metric(run, self.BEST)

@@ -1,12 +1,18 @@
 """A store keeps whole steps: committed by one rename, never changed, listed, leased and pruned."""
 
+import errno
+import fcntl
 import logging
 import os
 import shutil
+import stat
 import subprocess
 import sys
+import tempfile
+import threading
 import time
-from contextlib import contextmanager
+import warnings
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,7 +24,7 @@ from programs.store_racer import FILES, RUN, commit, content
 
 from ckpt_core import durable, locks
 from ckpt_core.errors import ArgumentError, CommitError, DamagedError, NotACheckpointError, StepExistsError
-from ckpt_core.format.manifest import MANIFEST_NAME, Manifest
+from ckpt_core.format.manifest import MANIFEST_NAME, Manifest, record_file
 from ckpt_core.retention import Retention
 from ckpt_core.store import (
     MAX_STEP,
@@ -293,6 +299,77 @@ class TestPrune:
         assert store.prune(RUN, Retention(keep_last=1)).deleted == (0, 1)
         assert names(store) == ["step_0000000002", "step_0000000003"]
 
+    @pytest.mark.parametrize("dry_run", [False, True])
+    def test_what_is_read_before_others_go(self, store, dry_run):
+        """Newest steps with flipped bits stay, do not count, and are named; sound ones before them stay, too."""
+        for step in range(5):
+            commit(store, step)
+        for step in (3, 4):
+            path = store.root / RUN / step_name(step) / FILES[1]
+            path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+        pruned = store.prune(RUN, Retention(keep_last=1), dry_run=dry_run)
+        assert pruned.deleted == (0, 1)
+        assert [step_name(step) in error for step, error in zip((4, 3), pruned.errors, strict=True)] == [True, True]
+        assert steps(store) == ([0, 1, 2, 3, 4] if dry_run else [2, 3, 4])
+
+    def test_where_nothing_is_sound(self, store):
+        """The last copies stay, though none is as it was saved."""
+        for step in range(3):
+            commit(store, step)
+            (store.root / RUN / step_name(step) / FILES[0]).write_bytes(content(step, FILES[0])[::-1])
+        pruned = store.prune(RUN, Retention(keep_last=1))
+        assert (pruned.deleted, len(pruned.errors)) == ((), 2)
+        assert steps(store) == [0, 1, 2]
+
+    def test_a_file_that_cannot_be_read(self, store, monkeypatch):
+        """A newest step on a bad disk does not count, either."""
+        for step in range(3):
+            commit(store, step)
+        real = record_file
+
+        def failing(place, algorithm):
+            if step_name(2) in str(place):
+                raise OSError(5, "Input/output error", str(place))
+            return real(place, algorithm)
+
+        monkeypatch.setattr("ckpt_core.store.checkpoint.record_file", failing)
+        pruned = store.prune(RUN, Retention(keep_last=1))
+        assert (pruned.deleted, len(pruned.errors)) == ((0,), 1)
+        assert "Input/output error" in pruned.errors[0]
+
+    def test_nothing_is_read_where_nothing_goes(self, store, monkeypatch):
+        """A prune that deletes nothing costs no reading."""
+        commit(store, 1)
+        monkeypatch.setattr("ckpt_core.store.checkpoint.record_file", lambda *_: pytest.fail("read"))
+        assert store.prune(RUN, Retention(keep_last=1)) == Pruned()
+
+    def test_links_are_left_alone(self, store, tmp_path):
+        """A run that is a link is refused; a step that is one stays as it is, and does not count."""
+        other = LocalStore(tmp_path / "other")
+        for step in (1, 2):
+            commit(other, step)
+        (store.root).mkdir()
+        (store.root / "alias").symlink_to(other.root / RUN)
+        for ask in (lambda: store.prune("alias", Retention(keep_last=1)), lambda: store.repair("alias")):
+            with pytest.raises(ArgumentError, match="symbolic link"):
+                ask()
+        for step in (0, 1):
+            commit(store, step)
+        (store.root / RUN / step_name(2)).symlink_to(other.root / RUN / step_name(2))
+        assert store.prune(RUN, Retention(keep_last=1)) == Pruned((0,))
+        assert (steps(store), steps(other)) == ([1, 2], [1, 2])
+
+    def test_a_metric_that_no_step_has(self, store):
+        """A policy that cannot rank the steps is an error before anything is deleted, debris included."""
+        for step in range(3):
+            commit(store, step)
+        trash = store.root / RUN / f".trash-{step_name(9)}-x"
+        trash.mkdir()
+        with pytest.raises(ArgumentError, match="the steps have no metrics"):
+            store.prune(RUN, Retention(keep_last=1, keep_best=1, metric="accuracy"))
+        assert steps(store) == [0, 1, 2]
+        assert trash.exists()
+
     def test_a_leased_step_stays(self, store, caplog):
         """What another process reads is not deleted; once that process is dead, it is."""
         commit(store, 1)
@@ -378,7 +455,7 @@ class TestDebris:
             commit(store, 1)
             store.prune(RUN, Retention(keep_last=1))
             assert (Path(path) / "half").read_bytes() == b"half"
-        assert names(store) == sorted(["step_0000000001", Path(path).name])
+        assert names(store) == sorted(["step_0000000001", Path(path).name, f"{Path(path).name}.lock"])
 
     def test_of_a_dead_pruner(self, store):
         """What a killed pruner had renamed is deleted by the next."""
@@ -403,21 +480,316 @@ class TestDebris:
         durable.remove_tree(tmp_path / "x")
         assert not (tmp_path / "x").exists()
 
-    def test_a_sweeper_between_mkdir_and_lock(self, tmp_path, monkeypatch):
-        """A staging directory that is swept before it is locked is made again."""
+    def test_what_is_not_the_stores_own(self, store):
+        """Hidden directories of other programs stay, though their names begin as a store's do."""
+        for name in (".trash-1000", ".staging-weights-0123", ".staging-step_7-x"):
+            (store.root / RUN / name / "kept").mkdir(parents=True)
+        commit(store, 1)
+        commit(store, 2)
+        assert store.prune(RUN, Retention(keep_last=1)) == Pruned((1,))
+        assert store.repair(RUN) == []
+        assert len(list((store.root / RUN).glob(".*/kept"))) == 3
+
+    def test_of_a_writer_that_died_after_its_commit(self, store):
+        """The lock file that it left goes with the next step; the step stays."""
+        staging = store.stage(RUN, 1)
+        staging.commit(Manifest(run=RUN, step=1, time="", world_size=1))
+        store._locks.pop(staging.path).release()
+        assert len(names(store)) == 2
+        commit(store, 2)
+        assert names(store) == [step_name(1), step_name(2)]
+
+    def test_trash_is_left_to_pruners(self, store, monkeypatch):
+        """A save waits for no pruner: what one deletes in the background is skipped."""
+        commit(store, 1)
+        commit(store, 2)
+        real, begun, go_on = durable.remove_tree, threading.Event(), threading.Event()
+
+        def slow(path):
+            if path.name.startswith(".trash-"):
+                begun.set()
+                assert go_on.wait(60)
+            real(path)
+
+        monkeypatch.setattr(durable, "remove_tree", slow)
+        assert store.prune(RUN, Retention(keep_last=1), background=True).deleted == (1,)
+        assert begun.wait(60)
+        commit(store, 3)
+        assert [name for name in names(store) if name.startswith(".trash-")] != []
+        go_on.set()
+        assert store.wait() == ()
+        assert names(store) == [step_name(2), step_name(3)]
+
+
+@contextmanager
+def worker():
+    """A process that was forked here, as DataLoader's workers are, and that lives until the end of the block."""
+    (reading, writing), (ready, begun) = os.pipe(), os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of threads; the child only reads
+        child = os.fork()
+    if child == 0:
+        os.close(writing)
+        os.write(begun, b"x")
+        os.read(reading, 1)
+        os._exit(0)
+    os.read(ready, 1)
+    for handle in (reading, ready, begun):
+        os.close(handle)
+    try:
+        yield
+    finally:
+        os.close(writing)
+        os.waitpid(child, 0)
+
+
+@contextmanager
+def forked_by_others():
+    """Without the hook that closes locks in a forked child: C libraries that fork do not call it."""
+    taken = dict(locks._taken)
+    locks._taken.clear()
+    with worker():
+        locks._taken.update(taken)
+        yield
+
+
+class TestLocks:
+    """Locks end with their owner, and only files are locked, for writing where they have to be."""
+
+    @pytest.mark.parametrize("fork", [worker, forked_by_others])
+    def test_a_forked_worker_keeps_no_lease(self, store, fork):
+        """A lease that is over is over, whoever was forked while it was held."""
+        commit(store, 1)
+        commit(store, 2)
+        with ExitStack() as stack:
+            with store.list(RUN)[0].lease():
+                stack.enter_context(fork())
+                assert store.prune(RUN, Retention(keep_last=1)) == Pruned(leased=(1,))
+            assert store.prune(RUN, Retention(keep_last=1)) == Pruned((1,))
+
+    def test_a_worker_that_outlives_a_trainer(self, store):
+        """What a killed trainer was writing is debris, though a worker of it is still there."""
+        staging = store.stage(RUN, 1)
+        with worker():
+            os.close(store._locks[staging.path].handle)  # as the system does when the trainer dies
+            store._locks.pop(staging.path).handle = -1
+            commit(store, 2)
+            assert names(store) == [step_name(2)]
+        locks._taken.clear()
+
+    def test_a_fork_during_the_commit(self, store, monkeypatch):
+        """Nothing of a committed step stays locked: it can be set aside while a worker lives."""
+        with ExitStack() as stack:
+            real = local.rename_new
+            monkeypatch.setattr(local, "rename_new", lambda *a: (stack.enter_context(worker()), real(*a)))
+            commit(store, 1)
+            os.truncate(store.root / RUN / step_name(1) / FILES[0], 1)
+            assert "set aside" in store.repair(RUN)[0]
+
+    def test_a_child_does_not_unlock_for_its_parent(self, store):
+        """A forked child that leaves the block of a lease takes nothing from its parent."""
+        commit(store, 1)
+        commit(store, 2)
+        with store.list(RUN)[0].lease():
+            lock = next(iter(locks._taken.values()))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)
+                child = os.fork()
+            if child == 0:
+                lock.release()
+                os._exit(0)
+            os.waitpid(child, 0)
+            assert store.prune(RUN, Retention(keep_last=1)) == Pruned(leased=(1,))
+
+    @pytest.fixture
+    def nfs(self, monkeypatch):
+        """Locks as NFS has them: exclusive ones need a writable handle, and those of directories nobody else sees."""
+        real = fcntl.flock
+
+        def flock(handle, mode):
+            if stat.S_ISDIR(os.fstat(handle).st_mode):
+                pytest.fail("a directory was locked")
+            if mode & fcntl.LOCK_EX and fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+                raise OSError(errno.EBADF, "Bad file descriptor")
+            real(handle, mode)
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+
+    def test_over_nfs(self, store, nfs):
+        """Steps are written, pinned, read, pruned and repaired with locks that all clients of NFS see."""
+        for step in (1, 2, 3):
+            commit(store, step)
+        store.pin(RUN, "best", 1)
+        writing = LocalStore(store.root).stage(RUN, 9)
+        commit(store, 4)
+        assert writing.path.is_dir()
+        with store.list(RUN)[1].lease():
+            assert store.prune(RUN, Retention(keep_last=1)) == Pruned((3,), (2,))
+        os.truncate(store.root / RUN / step_name(2) / FILES[0], 1)
+        assert "set aside" in store.repair(RUN)[0]
+        assert steps(store) == [1, 4]
+
+    def test_a_manifest_that_cannot_be_locked_over_nfs(self, store, nfs, monkeypatch):
+        """Without the right to write a manifest its step stays over NFS, and the error says why; the others go."""
+        for step in (1, 2, 3):
+            commit(store, step)
         real = os.open
-        swept = []
 
-        def sweeping(path, flags, *rest):
-            if not swept:
-                swept.append(path)
-                Path(path).rmdir()
-            return real(path, flags, *rest)
+        def read_only(path, flags, *rest, **options):
+            if str(path).endswith(f"{step_name(1)}/{MANIFEST_NAME}") and flags & os.O_RDWR:
+                raise PermissionError(errno.EACCES, "Permission denied")
+            return real(path, flags, *rest, **options)
 
-        monkeypatch.setattr(os, "open", sweeping)
-        os.close(locks.make_locked(tmp_path / "x"))
-        assert swept == [tmp_path / "x"]
-        assert (tmp_path / "x").is_dir()
+        monkeypatch.setattr(os, "open", read_only)
+        pruned = store.prune(RUN, Retention(keep_last=1))
+        assert pruned.deleted == (2,)
+        assert "open for writing" in pruned.errors[0]
+
+    @pytest.mark.parametrize("number", sorted(locks.UNSUPPORTED))
+    def test_a_file_system_without_locks(self, store, monkeypatch, number):
+        """Where nothing can be locked nothing is written or deleted, and the error names the mount option."""
+        commit(store, 1)
+        commit(store, 2)
+
+        def flock(*_):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+        before = names(store)
+        for ask in (
+            lambda: store.stage(RUN, 3),
+            lambda: store.pin(RUN, "best", 1),
+            lambda: store.repair(RUN),
+            lambda: store.prune(RUN, Retention(keep_last=1)),
+            lambda: store.list(RUN)[0].lease().__enter__(),
+        ):
+            with pytest.raises(OSError, match="-o flock") as caught:
+                ask()
+            assert caught.value.errno == number
+        assert names(store) == before
+        monkeypatch.setattr(os, "access", lambda *_, **__: False)  # an archive that is mounted read-only
+        with store.list(RUN)[0].lease():
+            pass
+
+    @pytest.mark.parametrize("number", [errno.ESTALE, errno.ENOENT])
+    def test_a_step_that_another_client_deleted(self, store, monkeypatch, number):
+        """NFS may call what another client deleted stale: it is gone, and no error of the rest."""
+        commit(store, 1)
+        commit(store, 2)
+        real = Path.stat
+
+        def stale(self, **options):
+            if self.parent.name == step_name(2) or self.parent.parent.name == step_name(2):
+                raise OSError(number, os.strerror(number))
+            return real(self, **options)
+
+        monkeypatch.setattr(Path, "stat", stale)
+        assert store.latest(RUN).step == 1
+        assert steps(store) == [1]
+
+
+@contextmanager
+def user(number, umask):
+    """Do what is in the block as another user."""
+    before = os.umask(umask)
+    os.seteuid(number)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.umask(before)
+
+
+ANNE, BERT = (20001, 0o077), (20002, 0o022)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be other users")
+class TestUsers:
+    """Several users of one store: what one of them may not read is skipped and named, and stops nothing."""
+
+    @pytest.fixture
+    def store(self):
+        """A store where everybody may write."""
+        root = Path(tempfile.mkdtemp())
+        (root / RUN).mkdir()
+        for path in (root, root / RUN):
+            path.chmod(0o777)
+        yield LocalStore(root)
+        shutil.rmtree(root)
+
+    def test_what_is_private(self, store, caplog):
+        """Beside a private step, and a private one that was never finished, others are saved, listed and pruned."""
+        with user(*ANNE):
+            commit(store, 7)
+            store._locks.pop(store.stage(RUN, 5).path).release()
+        with user(*BERT):
+            for step in (6, 8, 9):
+                commit(store, step)
+            os.truncate(store.root / RUN / step_name(9) / FILES[0], 1)
+            assert (steps(store), store.latest(RUN).step, store.runs()) == ([6, 8], 8, [RUN])
+            assert store.prune(RUN, Retention(keep_last=1)) == Pruned((6,))
+            private, aside = store.repair(RUN)
+            assert f"{step_name(7)}: left as it is" in private
+            assert "set aside" in aside
+            with pytest.raises(StepExistsError):
+                store.stage(RUN, 7)
+        for name in (step_name(7), f".staging-{step_name(5)}"):
+            assert name in caplog.text
+        with user(*ANNE):
+            assert steps(store) == [7, 8]
+            commit(store, 10)
+        assert [name for name in names(store) if name.startswith(".staging-")] == []
+
+    def test_a_private_run(self, store, caplog):
+        """A run that is another's alone is left out of the runs, and asking for it is an error, not an empty answer."""
+        with user(*ANNE):
+            staging = store.stage("private", 1)
+            staging.commit(Manifest(run="private", step=1, time="", world_size=1))
+            store.release(staging)
+        with user(*BERT):
+            commit(store, 1)
+            assert store.runs() == [RUN]
+            assert "private" in caplog.text
+            for ask in (store.list, store.latest, lambda run: store.prune(run, Retention(keep_last=1))):
+                with pytest.raises(PermissionError):
+                    ask("private")
+
+    def test_pins_are_everybodys(self, store):
+        """Pins can be read by all who prune, whatever the umask: else they could not know what stays."""
+        with user(*BERT):
+            for step in (1, 2, 3):
+                commit(store, step)
+        with user(*ANNE):
+            store.pin(RUN, "best", 1)
+        with user(*BERT):
+            assert store.prune(RUN, Retention(keep_last=1)) == Pruned((2,))
+            store.pin(RUN, "paper", 3)
+            store.pin(RUN, "best", 3)
+            assert store.pins(RUN) == {"best": 3, "paper": 3}
+
+    def test_what_another_may_not_delete(self, store):
+        """A step whose files this user may not delete keeps its name, and the error names the directory."""
+        for step in (1, 2):
+            with user(*BERT):
+                commit(store, step)
+        with user(ANNE[0], 0o022):
+            pruned = store.prune(RUN, Retention(keep_last=1))
+        assert (pruned.deleted, len(pruned.errors)) == ((), 1)
+        assert str(store.root / RUN / step_name(1)) in pruned.errors[0]
+        assert names(store) == [step_name(1), step_name(2)]
+
+    def test_a_store_that_is_read_only(self, store):
+        """Whoever may only read can list and load."""
+        with user(*BERT):
+            commit(store, 1)
+        for path in (store.root / RUN, store.root):
+            path.chmod(0o555)
+        with user(ANNE[0], 0o022):
+            assert (store.runs(), steps(store)) == ([RUN], [1])
+            with store.latest(RUN).lease():
+                assert (store.latest(RUN).root / FILES[0]).read_bytes() == content(1, FILES[0])
+            with pytest.raises(PermissionError):
+                store.stage(RUN, 2)
 
 
 class TestRepair:
@@ -427,8 +799,8 @@ class TestRepair:
         """What a dead writer, a dead pruner and a dead pinner left is removed, and each is told."""
         commit(store, 1)
         store.pin(RUN, "best", 1)
-        (store.root / RUN / ".trash-x").mkdir()
-        (store.root / RUN / ".staging-x").mkdir()
+        (store.root / RUN / f".trash-{step_name(0)}-x").mkdir()
+        (store.root / RUN / f".staging-{step_name(0)}-x").mkdir()
         (store.root / RUN / "pins" / ".best.1.tmp").touch()
         done = store.repair(RUN)
         assert len(done) == 3
@@ -448,21 +820,19 @@ class TestRepair:
             open_checkpoint(next((store.root / RUN).glob(".damaged-*")))
 
     def test_two_that_repair(self, store, monkeypatch):
-        """A step that another repaired, and that was saved again meanwhile, is left alone."""
+        """One at a time repairs a run: another one does nothing, and says so."""
         commit(store, 1)
         os.truncate(store.root / RUN / step_name(1) / FILES[0], 1)
-        real = locks.locked
+        real, said = local.open_local, []
 
-        def locked(path, mode):
-            if path.name == step_name(1) and mode == locks.EXCLUSIVE_NOW:
-                monkeypatch.undo()
-                store.repair(RUN)
-                commit(store, 1)
-            return real(path, mode)
+        def meanwhile(path):
+            said.extend(LocalStore(store.root).repair(RUN))
+            return real(path)
 
-        monkeypatch.setattr(locks, "locked", locked)
-        assert store.repair(RUN) == []
-        assert steps(store) == [1]
+        monkeypatch.setattr(local, "open_local", meanwhile)
+        assert "set aside" in store.repair(RUN)[0]
+        assert ["being repaired by somebody else" in sentence for sentence in said] == [True]
+        assert not [name for name in names(store) if not name.startswith(".damaged-")]
 
     def test_a_prune_while_a_step_is_checked(self, store, monkeypatch):
         """A whole step that others prune and save again while a repair checks it is not set aside, nor an error."""
@@ -555,11 +925,19 @@ class TestDeletions:
 
     def test_debris_does_not_stop_a_save(self, store, monkeypatch, caplog):
         """What cannot be removed is logged; the step is saved."""
-        (store.root / RUN / ".trash-x").mkdir(parents=True)
-        self.fail(monkeypatch, store, "remove_tree")
+        debris = store.root / RUN / f".staging-{step_name(0)}-x"
+        debris.mkdir(parents=True)
+        real = durable.remove_tree
+
+        def failing(path):
+            if path == debris:
+                raise OSError(5, "Input/output error")
+            real(path)
+
+        monkeypatch.setattr(durable, "remove_tree", failing)
         commit(store, 1)
         assert steps(store) == [1]
-        assert ".trash-x: not deleted" in caplog.text
+        assert f"{debris.name}: not deleted" in caplog.text
 
     def test_one_error_does_not_stop_the_rest(self, store, monkeypatch):
         """A step that cannot be renamed is told, and the others go."""

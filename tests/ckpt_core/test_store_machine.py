@@ -1,7 +1,6 @@
 """Any order of stage, commit, crash, prune, pin, read, lease, damage and repair, against a model in memory."""
 
 import itertools
-import os
 import shutil
 import tempfile
 import time
@@ -214,7 +213,7 @@ class LocalMachine(StoreMachine):
         return LocalStore(self.directory)
 
     def die(self, staging):  # noqa: D102
-        os.close(self.store._locks.pop(staging.path))  # the system drops a dead process's lock
+        self.store._locks.pop(staging.path).release()  # as the system does for a dead process; the lock file stays
 
     def teardown(self):  # noqa: D102
         super().teardown()
