@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -171,21 +171,30 @@ def _configs(module: torch.nn.Module | None) -> dict[str, bytes]:
 
 
 def _read(directory: Path | None) -> dict[str, bytes]:
-    """Read the files below a directory; links to files are followed.
+    """Read the files below a directory; links to files and directories are followed.
 
     Raises:
-        ArgumentError: something there is no file.
+        ArgumentError: something there is no file, or a link leads to a directory above it.
     """
     if directory is None:
         return {}
     if not directory.is_dir():
         text = "assets: no such directory; give one with the files that go along"
         raise FileNotFoundError(errno.ENOENT, text, str(directory))
-    files = dict(durable.files_below(directory))
-    for path in files.values():
-        if not path.is_file():
+    return {name: path.read_bytes() for name, path in _files(directory, frozenset({directory.resolve()}))}
+
+
+def _files(directory: Path, above: frozenset[Path]) -> Iterator[tuple[str, Path]]:
+    """Yield the files below a directory, with their paths relative to it."""
+    for name, path in durable.files_below(directory):
+        if path.is_file():
+            yield name, path
+        elif not path.is_dir():
             raise ArgumentError(f"{path}: neither a file nor a link to one; take it out of the directory.")
-    return {name: path.read_bytes() for name, path in files.items()}
+        elif any(parent.is_relative_to(path.resolve()) for parent in above):
+            raise ArgumentError(f"{path}: a link to a directory that it lies in; take it out of the directory.")
+        else:
+            yield from ((f"{name}/{below}", each) for below, each in _files(path, above | {path.resolve()}))
 
 
 def _write_files(directory: Place, files: Mapping[str, bytes]) -> Files:

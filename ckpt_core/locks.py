@@ -104,12 +104,17 @@ def locked(path: Path, mode: int) -> Generator[Lock | None]:
 
 @contextmanager
 def lock_file(path: Path, mode: int = EXCLUSIVE) -> Generator[Lock | None]:
-    """Lock a file that exists only while it is locked; give None if others hold it and `mode` does not wait."""
+    """Lock a file that is made for that; give None if others hold it and `mode` does not wait.
+
+    It goes with an exclusive lock. One that was shared stays until then, since others may share it.
+    """
     lock = make_lock_file(path, mode)
     try:
         yield lock
     finally:
-        if lock is not None:
+        if lock is not None and mode == SHARED:
+            lock.release()
+        elif lock is not None:
             remove_lock_file(lock)
 
 

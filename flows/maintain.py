@@ -11,8 +11,9 @@ from prefect.events import emit_event
 from pydantic import Field
 
 from ckpt_core import open_store
-from ckpt_core.errors import ArgumentError, DamagedError
+from ckpt_core.errors import ArgumentError, DamagedError, NotACheckpointError
 from ckpt_core.retention import Retention
+from ckpt_core.store import LocalStore
 from tasks import artifacts, sentinel
 from tasks.maintenance import Tidied, tidy, verify_runs
 from tasks.maintenance_report import Maintained
@@ -32,7 +33,7 @@ def maintain(
     keep_last: Annotated[int, Field(ge=1)] | None = None,
     keep_best: Annotated[int, Field(ge=0)] = 0,
     metric: str | None = None,
-    mode: Literal["min", "max"] = "min",
+    mode: Literal["min", "max"] | None = None,
     keep_every: Annotated[int, Field(ge=1)] | None = None,
     abandoned_hours: Annotated[float, Field(gt=0)] = 24.0,
 ) -> dict[str, Any]:
@@ -49,12 +50,14 @@ def maintain(
             champion and pinned ones always stay; exports of deleted ones are deleted too.
         keep_best: how many of the best by `metric` stay besides.
         metric: what makes a checkpoint the best, say heldout_loss.
-        mode: whether the smallest or the largest `metric` is the best.
+        mode: whether the smallest or the largest `metric` is the best; empty means as the metric's name says.
         keep_every: every checkpoint whose step is a multiple of this stays besides.
         abandoned_hours: a conversion that was stopped, and that nobody went on with for so long, is deleted.
     """
     retention = _retention(keep_last, keep_best=keep_best, metric=metric, mode=mode, keep_every=keep_every)
     opened = open_store(store)
+    if isinstance(opened, LocalStore) and not opened.root.is_dir():
+        raise NotACheckpointError(f"{opened.root}: no such directory, so no store; see where the runs lie.")
     with sentinel.posted():
         checkpoints = verify_runs(opened.url, newest, sample_percent / 100, _today())
         damaged = {found["run"] for found in checkpoints if found["problems"]}
@@ -78,8 +81,9 @@ def _retention(keep_last: int | None, **others: Any) -> Retention | None:
     """
     if keep_last is not None:
         return Retention(keep_last=keep_last, **others)
-    if others["keep_best"] or others["keep_every"]:
-        raise ArgumentError("keep_last is empty, so nothing is deleted: keep_best and keep_every need it too.")
+    if any(others.values()):
+        given = " and ".join(name for name, value in others.items() if value)
+        raise ArgumentError(f"keep_last is empty, so nothing is deleted: {given} need it too.")
     return None
 
 

@@ -32,7 +32,7 @@ def clear_conversions(store: str, run: str, idle_s: float) -> list[str]:
 
     done: list[str] = []
     for work in _exports(store, run):
-        if work.name.startswith(_CONVERTING) and _idle_s(work) > idle_s:
+        if work.name.startswith(_CONVERTING) and work.is_dir() and _idle_s(work) > idle_s:
             try:
                 abandon_conversion(work.with_name(work.name.removeprefix(_CONVERTING)))
             except CommitError:  # somebody took it up this moment

@@ -65,6 +65,8 @@ def tidy(store: str, run: str, retention: Retention | None, abandoned_s: float) 
             The exports of steps that are gone go too.
         abandoned_s: for how long nothing was written of a conversion that is given up.
     """
+    if (place := place_of(store) / run).is_symlink():
+        return Tidied(run=run, left=f"a symbolic link to {place.resolve()}")
     with _alone(store, run) as alone:
         return _tidy(store, run, retention, abandoned_s) if alone else Tidied(run=run, left="a retrain is at work")
 

@@ -9,7 +9,6 @@ The checkpoints themselves never change; what became of them is told here.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -20,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ckpt_core import durable, open_checkpoint, open_store
+from ckpt_core import durable, locks, open_checkpoint, open_store
 from ckpt_core.errors import ArgumentError, DamagedError
 from ckpt_core.store import CHAMPION, local_path, step_name
 from tasks.held import held_open
@@ -72,15 +71,12 @@ def only_retrain(store: str, run: str, *, wait_s: float = 0.0) -> Generator[None
 
 def _take(handle: int, store: str, run: str, wait_s: float) -> None:
     deadline = time.monotonic() + wait_s
-    while True:
-        try:
-            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise ArgumentError(
-                    f"run {run!r} of {store}: another retrain is working on it; wait for it to end, or give another "
-                    "run. What is left of one that was killed ends by itself."
-                ) from None
+    while not locks.take(handle, locks.EXCLUSIVE_NOW, run_directory(store, run)):
+        if time.monotonic() > deadline:
+            raise ArgumentError(
+                f"run {run!r} of {store}: another retrain is working on it; wait for it to end, or give another "
+                "run. What is left of one that was killed ends by itself."
+            )
         time.sleep(_LOOK_AGAIN_S)
 
 

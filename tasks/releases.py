@@ -64,7 +64,7 @@ def moving(store: str, run: str) -> Generator[None]:
         yield
         return
     durable.make_directory(directory)
-    with locks.locked(directory, locks.EXCLUSIVE):
+    with locks.lock_file(directory / ".lock"):
         yield
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from ckpt_core import durable
 from ckpt_core.errors import CommitError
 from ckpt_core.export.target import recover_replaced
-from ckpt_core.locks import EXCLUSIVE_NOW, SHARED, locked
+from ckpt_core.locks import EXCLUSIVE_NOW, SHARED, lock_file
 
 PLAN_NAME = "plan.json"
 
@@ -22,9 +22,10 @@ def held(directory: Path, target: Path) -> Generator[None]:
         CommitError: another process has it.
     """
     durable.make_directory(directory)
-    with locked(directory, EXCLUSIVE_NOW) as lock:
+    with lock_file(_lock_of(directory), EXCLUSIVE_NOW) as lock:
         if lock is None:
             raise CommitError(f"{directory}: another process is converting to the same place; wait for its end.")
+        durable.make_directory(directory)  # again, where another one removed it before it was locked
         recover_replaced(target)
         yield
 
@@ -36,10 +37,18 @@ def shared(directory: Path) -> Generator[None]:
     Raises:
         CommitError: it was given up.
     """
-    with locked(directory, SHARED) as lock:
-        if lock is None:
-            raise CommitError(f"{directory}: gone; the conversion was finished or given up. Begin again.")
-        yield
+    lock = _lock_of(directory)
+    if directory.is_dir():
+        with lock_file(lock, SHARED):
+            if directory.is_dir():
+                yield
+                return
+            lock.unlink(missing_ok=True)
+    raise CommitError(f"{directory}: gone; the conversion was finished or given up. Begin again.")
+
+
+def _lock_of(directory: Path) -> Path:
+    return directory.with_name(f"{directory.name}.lock")
 
 
 def clear(directory: Path) -> None:

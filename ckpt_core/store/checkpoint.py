@@ -108,7 +108,7 @@ def open_local(path: Path) -> Checkpoint:
 
 def open_remote(path: UPath) -> Checkpoint:
     """Return the committed step at a URL; see `open_checkpoint`. One listing tells the sizes of all files."""
-    checkpoint = _read(path, lambda: _read_remote_manifest(path))
+    checkpoint = _read(path, lambda: read_remote_manifest(path))
     sizes = objects.sizes_below(path / checkpoint.manifest.directory)
     _check_whole(checkpoint, sizes, lambda: objects.exists(path / MANIFEST_NAME))
     return checkpoint
@@ -167,11 +167,21 @@ def _read(path: Place, read: Callable[[], Manifest]) -> Checkpoint:
         ) from None
 
 
-def _read_remote_manifest(path: UPath) -> Manifest:
+def read_remote_manifest(path: UPath, size: int | None = None) -> Manifest:
+    """Read the manifest of a step.
+
+    Args:
+        path: the step's.
+        size: the manifest's size in bytes, if it is known.
+
+    Raises:
+        DamagedError: it is none, or too large for one.
+    """
     place = path / MANIFEST_NAME
-    if objects.size(place) > MAX_BYTES:
+    nbytes = objects.size(place) if size is None else size
+    if nbytes > MAX_BYTES:
         raise DamagedError(f"{place}: larger than {MAX_BYTES} bytes; restore a copy or delete the step.")
-    return parse_manifest(objects.read(place), place)
+    return parse_manifest(objects.read(place, nbytes), place)
 
 
 def _check_whole(checkpoint: Checkpoint, sizes: Mapping[str, int | None], is_there: Callable[[], bool]) -> None:
@@ -182,14 +192,14 @@ def _check_whole(checkpoint: Checkpoint, sizes: Mapping[str, int | None], is_the
         DamagedError: they differ.
     """
     try:
-        _check_sizes(checkpoint, sizes)
+        check_sizes(checkpoint, sizes)
     except DamagedError:
         if is_there():
             raise
         raise NotACheckpointError(f"{checkpoint.path}: deleted by a pruner meanwhile.") from None
 
 
-def _check_sizes(checkpoint: Checkpoint, sizes: Mapping[str, int | None]) -> None:
+def check_sizes(checkpoint: Checkpoint, sizes: Mapping[str, int | None]) -> None:
     """Compare the manifest with the directory's name, and with the sizes of its files in bytes, None for no file.
 
     Raises:

@@ -2,39 +2,77 @@
 
 from __future__ import annotations
 
+import json
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 from ckpt_core.errors import DamagedError, NotACheckpointError
-from ckpt_core.format.manifest import MANIFEST_NAME, Manifest
+from ckpt_core.format.manifest import MANIFEST_NAME, Manifest, parse_manifest
 from ckpt_core.store import objects, records
-from ckpt_core.store.checkpoint import is_newer, open_remote
+from ckpt_core.store.checkpoint import Checkpoint, is_newer, open_remote
 from ckpt_core.store.deletions import attempt
-from ckpt_core.store.names import DAMAGED, TRASH
+from ckpt_core.store.names import DAMAGED, TRASH, step_name
 
 if TYPE_CHECKING:
     from upath import UPath
 
+_TRASHED = "manifests.json"
+"""The object that lists the manifests of steps that are being deleted."""
 
-def bury(path: UPath, manifest: Manifest) -> UPath:
-    """Move the manifest of a step, which ends it, to the trash; return where that is. Needs `records.alone`."""
-    trash = path.parent / f"{TRASH}{records.lease_key(path.name, manifest)}"
-    objects.write(trash / MANIFEST_NAME, manifest.to_bytes())
-    objects.delete(path / MANIFEST_NAME)
+
+def bury(run: UPath, checkpoints: Sequence[Checkpoint]) -> UPath:
+    """Move the manifests of steps, which ends them, to the trash; return where that is. Needs `records.alone`."""
+    trash = run / f"{TRASH}{uuid.uuid4().hex}"
+    _write_trash(trash, [checkpoint.manifest for checkpoint in checkpoints])
+    objects.delete_all(run, [f"{checkpoint.path.name}/{MANIFEST_NAME}" for checkpoint in checkpoints])
     return trash
 
 
 def empty(trash: UPath) -> None:
-    """Delete the files of a step whose manifest is gone; those that somebody still reads go the next time."""
-    manifest, step = records.manifest_of(trash), trash.name.removeprefix(TRASH).partition(".")[0]
-    if manifest is None or records.is_leased(trash.parent, step, manifest):
-        return
-    target = trash.parent / step
-    below = target / manifest.directory
-    objects.delete_all(below, objects.sizes_below(below) if manifest.directory else manifest.files)
-    objects.delete(trash / MANIFEST_NAME)
+    """Delete the files of steps whose manifests are gone; those that somebody still reads go the next time."""
+    run, manifests = trash.parent, _read_trash(trash)
+    leased: set[str] = records.leased_keys(run) if manifests else set()
+    busy = [m for m in manifests if records.lease_key(step_name(m.step), m) in leased]
+    gone = [m for m in manifests if m not in busy]
+    objects.delete_all(run, [f"{step_name(m.step)}/{name}" for m in gone for name in _names(m)])
+    _replace_trash(trash, manifests, busy)
+
+
+def _names(manifest: Manifest) -> Iterator[str]:
+    """Yield the files of a step, by their paths below it: nothing else lies there, which its commit made sure of."""
+    for name in manifest.files:
+        yield f"{manifest.directory}/{name}" if manifest.directory else name
+
+
+def _write_trash(trash: UPath, manifests: Sequence[Manifest]) -> None:
+    objects.write(trash / _TRASHED, json.dumps([json.loads(manifest.to_bytes()) for manifest in manifests]).encode())
+
+
+def _read_trash(trash: UPath) -> list[Manifest]:
+    """Return the manifests of the steps that a pruner is deleting; none if it is done.
+
+    Raises:
+        DamagedError: they cannot be read.
+    """
+    place = trash / _TRASHED
+    try:
+        data = objects.read(place)
+    except FileNotFoundError:
+        return []
+    try:
+        documents = json.loads(data)
+        return [parse_manifest(json.dumps(document).encode(), place) for document in documents]
+    except (ValueError, TypeError, RecursionError) as error:
+        raise DamagedError(f"{place}: not a list of manifests ({error}); look at it, then delete it.") from None
+
+
+def _replace_trash(trash: UPath, manifests: Sequence[Manifest], left: Sequence[Manifest]) -> None:
+    if not left:
+        objects.delete(trash / _TRASHED)
+    elif len(left) < len(manifests):
+        _write_trash(trash, left)
 
 
 def delete_unless_committed(target: UPath, directory: str) -> None:
@@ -48,16 +86,17 @@ def delete_unless_committed(target: UPath, directory: str) -> None:
         objects.delete_all(target / directory, objects.sizes_below(target / directory))
 
 
-def _keep_if_committed(trash: UPath) -> None:
-    """Forget a pruner's intention, if it died before it deleted the manifest.
+def _keep_committed(trash: UPath) -> None:
+    """Forget a pruner's intention about the steps whose manifests it did not delete before it died.
 
     Raises:
-        DamagedError: one of the two manifests cannot be read; nothing was deleted.
+        DamagedError: a manifest cannot be read; nothing was deleted.
     """
-    manifest, target = records.manifest_of(trash), trash.parent / trash.name.removeprefix(TRASH).partition(".")[0]
-    committed = records.manifest_of(target)
-    if manifest is not None and committed is not None and manifest.digest() == committed.digest():
-        objects.delete(trash / MANIFEST_NAME)
+    manifests = _read_trash(trash)
+    committed = [records.manifest_of(trash.parent / step_name(manifest.step)) for manifest in manifests]
+    pairs = zip(manifests, committed, strict=True)
+    left = [m for m, found in pairs if found is None or found.digest() != m.digest()]
+    _replace_trash(trash, manifests, left)
 
 
 def sweep(run: UPath) -> Iterator[tuple[UPath, str | None]]:
@@ -71,9 +110,9 @@ def sweep(run: UPath) -> Iterator[tuple[UPath, str | None]]:
         if name.startswith(TRASH):
             trash = run / name
             with records.alone(run):
-                revived = attempt(trash, partial(_keep_if_committed, trash))
+                revived = attempt(trash, partial(_keep_committed, trash))
             error = revived or attempt(trash, partial(empty, trash))
-            if error or not objects.exists(trash / MANIFEST_NAME):
+            if error or not objects.exists(trash / _TRASHED):
                 yield trash, error
 
 
@@ -128,9 +167,9 @@ def _in_trash(path: UPath) -> set[str]:
     Raises:
         DamagedError: what one left cannot be read.
     """
-    trash = [name for name in objects.names_in(path.parent) if name.startswith(f"{TRASH}{path.name}.")]
-    manifests = [records.manifest_of(path.parent / name) for name in trash]
-    return {name for m in manifests if m for name in ([m.directory] if m.directory else m.files)}
+    trash = [path.parent / name for name in objects.names_in(path.parent) if name.startswith(TRASH)]
+    manifests = [manifest for each in trash for manifest in _read_trash(each) if step_name(manifest.step) == path.name]
+    return {name for m in manifests for name in ([m.directory] if m.directory else m.files)}
 
 
 def _directory_of(path: UPath) -> str | None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, cast
@@ -16,7 +17,12 @@ if TYPE_CHECKING:
     from upath import UPath
 
 _BATCH = 1000
-_CONFLICT, _PRECONDITION_FAILED = 409, 412
+_CONFLICT, _PRECONDITION_FAILED, _NOT_IMPLEMENTED = 409, 412, 501
+_PASSING = {"InternalError", "ServiceUnavailable", "SlowDown"}
+_CONDITIONAL = {"abfs", "abfss", "adl", "az", "gcs", "gs", "memory", "s3", "s3a"}
+"""Protocols with a request that writes an object only if there is none. The plugins of others look first and write
+then, so that of two writers at the same time both may succeed."""
+
 _TRIES = 6
 _FIRST_WAIT_S = 0.1
 
@@ -69,14 +75,19 @@ def size(place: UPath) -> int:
     return int(entry["size"])
 
 
-def read(place: UPath) -> bytes:
-    """Return an object's bytes."""
-    return bytes(_call(place, "cat_file"))
+def read(place: UPath, size: int | None = None) -> bytes:
+    """Return an object's bytes; of a known size with one request, where s3fs would ask for the size first."""
+    known = {"start": 0, "end": size} if size else {}
+    return bytes(_call(place, "cat_file", **known))
 
 
 def write(place: UPath, data: bytes) -> None:
     """Give an object new bytes, whether or not it exists."""
-    _call(place, "pipe_file", data)
+    try:
+        _call(place, "pipe_file", data)
+    except OSError:
+        if not _holds(place, data):  # else it was carried out, and the answer was lost
+            raise
 
 
 def copy(source: UPath, target: UPath) -> None:
@@ -114,8 +125,37 @@ def _delete_many(directory: UPath, names: list[str]) -> None:
             delete(directory / name)
     else:
         files: Any = directory.fs
+        paths = [f"{base}/{name}" for name in names]
         with plain_errors(directory):
-            files.rm([f"{base}/{name}" for name in names])
+            if hasattr(files, "call_s3"):
+                _delete_many_of_s3(files, paths)
+            else:
+                files.rm(paths)
+
+
+def _delete_many_of_s3(files: Any, paths: list[str]) -> None:
+    """Delete objects with one request; s3fs's own `rm` does not look at the errors in its answer.
+
+    Raises:
+        OSError: some of them were not deleted.
+    """
+    parts = [files.split_path(path) for path in paths]
+    wanted = {"Objects": [{"Key": key} for _, key, _ in parts], "Quiet": True}
+    errors: list[dict[str, str]] = []
+    for _ in range(_TRIES):
+        answer = files.call_s3("delete_objects", Bucket=parts[0][0], Delete=wanted)
+        errors = answer.get("Errors", [])
+        if not errors:
+            return
+        wanted["Objects"] = [{"Key": error["Key"]} for error in errors]
+        if not all(error.get("Code") in _PASSING for error in errors):
+            break
+        time.sleep(_FIRST_WAIT_S)
+    first = errors[0]
+    raise OSError(
+        f"{parts[0][0]}/{first.get('Key')}: not deleted ({first.get('Code')}: {first.get('Message')}), nor were "
+        f"{len(errors) - 1} other objects."
+    )
 
 
 def create(place: UPath, data: bytes) -> None:
@@ -123,8 +163,14 @@ def create(place: UPath, data: bytes) -> None:
 
     Raises:
         StepExistsError: it exists; nothing was changed.
-        CommitError: whether it was written is not known, or others' attempts kept it from being written.
+        CommitError: whether it was written is not known; or others' attempts kept it from being written; or the store
+            writes over what exists.
     """
+    if not is_conditional(place.parent):
+        raise CommitError(
+            f"{place}: not written; this store ignores the condition that nothing exists there (If-None-Match), so two "
+            "writers could overwrite each other. Use a store that heeds it."
+        )
     for number in range(_TRIES):
         try:
             _call(place, "pipe_file", data, mode="create")
@@ -147,6 +193,56 @@ def create(place: UPath, data: bytes) -> None:
             return
         time.sleep(_FIRST_WAIT_S * 2**number)
     raise CommitError(f"{place}: not written, the store told of conflicting writes {_TRIES} times; save again.")
+
+
+def create_alone(place: UPath, data: bytes) -> None:
+    """Write an object that must not exist yet; the caller keeps all others from writing it meanwhile.
+
+    Raises:
+        StepExistsError: it exists; nothing was changed.
+        CommitError: whether it was written is not known.
+    """
+    if exists(place):
+        if _holds(place, data):
+            return
+        raise StepExistsError(f"{place}: exists; a committed step never changes. Save under another step or run.")
+    try:
+        write(place, data)
+    except OSError as error:
+        raise CommitError(
+            f"{place}: whether it was written is not known ({error}). Save the same step again."
+        ) from error
+
+
+def is_conditional(directory: UPath) -> bool:
+    """Whether the store refuses to create an object that exists: tried once for each bucket, with a new object.
+
+    Some that speak S3 ignore the condition (`If-None-Match: *`) and overwrite.
+    """
+    files: Any = directory.fs
+    if directory.protocol not in _CONDITIONAL:
+        return False
+    found: dict[str, bool] = vars(files).setdefault("_ckpt_conditional", {})
+    bucket = directory.path.strip("/").partition("/")[0]
+    if bucket not in found:
+        found[bucket] = _try_condition(directory / f".probe-{uuid.uuid4().hex}")
+    return found[bucket]
+
+
+def _try_condition(probe: UPath) -> bool:
+    try:
+        for _ in range(2):
+            _call(probe, "pipe_file", b"probe", mode="create")
+    except OSError as error:
+        if isinstance(error, FileExistsError) or _http_status(error) == _PRECONDITION_FAILED:
+            return True
+        if _http_status(error) == _NOT_IMPLEMENTED:
+            return False
+        raise
+    finally:
+        with suppress(OSError):
+            delete(probe)
+    return False
 
 
 def _holds(place: UPath, data: bytes) -> bool:

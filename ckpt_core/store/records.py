@@ -122,10 +122,9 @@ def lease_key(step: str, manifest: Manifest) -> str:
     return f"{step}.{manifest.digest().partition(':')[2][:32]}"
 
 
-def is_leased(run: UPath, step: str, manifest: Manifest) -> bool:
-    """Whether somebody reads it."""
-    key = lease_key(step, manifest)
-    return any(record.live and record.key == key for record in records_in(run / LEASES))
+def leased_keys(run: UPath) -> set[str]:
+    """Return the keys of all leases that count."""
+    return {record.key for record in records_in(run / LEASES) if record.live}
 
 
 @contextmanager

@@ -3,36 +3,48 @@
     <store>/<run>/step_0000000500/manifest.json   written last, and only if there is none: the commit
     <store>/<run>/step_0000000500/<id>/model/...  its files; the manifest names the directory
     <store>/<run>/pins/best                       names a step that stays
-    <store>/<run>/.trash-step_...-<digest>/       the manifest of a step whose files are being deleted
+    <store>/<run>/.trash-<id>/manifests.json      the manifests of steps whose files are being deleted
     <store>/<run>/.damaged-step_...-<id>/         set aside by `repair`
     <store>/<run>/.staging, .leases, .locks       see `records`
 
 There is no rename and no lock. Every `<id>` is named by a manifest, by a note of who writes it, or by one in the trash,
 from before its first byte to after its last: so debris is found without looking at all files. Credentials and endpoint
 come from the environment.
+
+Where the store ignores the condition that nothing exists, a commit looks first and writes then, under a note that keeps
+others away; see `records.alone`.
 """
 
 from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ckpt_core.errors import ArgumentError, CommitError, DamagedError, NotACheckpointError, StepExistsError
+from ckpt_core.errors import (
+    ArgumentError,
+    CheckpointError,
+    CommitError,
+    DamagedError,
+    NotACheckpointError,
+    StepExistsError,
+)
 from ckpt_core.format.manifest import MANIFEST_NAME, Manifest
 from ckpt_core.retention import Retention
 from ckpt_core.store import debris, objects, records
-from ckpt_core.store.checkpoint import Checkpoint, open_remote
-from ckpt_core.store.deletions import Deletions, attempt
+from ckpt_core.store.checkpoint import Checkpoint, check_sizes, open_remote, read_remote_manifest
+from ckpt_core.store.deletions import Deletions, attempt, not_deleted
 from ckpt_core.store.names import PINS, check_name, check_step, is_name, parse_step, step_name
 from ckpt_core.store.pins import no_pin, parse_pin, pin_bytes
 from ckpt_core.store.protocol import Pruned, Staging
-from ckpt_core.store.pruning import plan, take_away
+from ckpt_core.store.pruning import plan
 from ckpt_core.urls import place_of
 
 if TYPE_CHECKING:
@@ -40,7 +52,12 @@ if TYPE_CHECKING:
 
     from ckpt_core.urls import Place
 
-_THREADS = 8
+Entries = dict[str, dict[str, Any]]
+
+_THREADS = 16
+_BATCH = 100
+"""How many steps are deleted together: their manifests are in one object meanwhile."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -68,13 +85,19 @@ class RemoteStaging:
             )
         manifest = replace(manifest, directory=self.path.name)
         data = manifest.to_bytes()
-        self.committed = None  # whatever stops the request, the store may still have it
-        try:
-            objects.create(self.target / MANIFEST_NAME, data)
-        except StepExistsError:
-            self.committed = False
-            raise
-        self.committed = True
+        place = self.target / MANIFEST_NAME
+        with ExitStack() as stack:
+            create = objects.create
+            if not objects.is_conditional(self.target.parent):
+                stack.enter_context(records.alone(self.target.parent))
+                create = objects.create_alone
+            self.committed = None  # whatever stops the request, the store may still have it
+            try:
+                create(place, data)
+            except StepExistsError:
+                self.committed = False
+                raise
+            self.committed = True
         return Checkpoint(self.target, manifest)
 
 
@@ -87,6 +110,8 @@ class RemoteStore:
             raise ArgumentError(f"{url}: a local path; open it with `open_store`.")
         self.root = place
         self._deletions = Deletions()
+        self._manifests: dict[str, tuple[str, Manifest]] = {}
+        """What was read of each step, with the tag that the store gives these bytes: they are not read again."""
 
     @property
     def url(self) -> str:
@@ -99,9 +124,46 @@ class RemoteStore:
         return [name for name in names if any(self._is_committed(path) for path in self._steps(name))]
 
     def list(self, run: str) -> list[Checkpoint]:
-        """Return the committed steps of a run, oldest first; damaged ones are left out and logged."""
+        """Return the committed steps of a run, oldest first; damaged and unreadable ones are left out and logged.
+
+        One listing tells the sizes of all files; only manifests that were not read before are.
+        """
+        found = sorted(((n, e) for n, e in self._entries(run).items() if MANIFEST_NAME in e), key=itemgetter(0))
+        paths = [self._directory(run) / name for name, _ in found]
         with ThreadPoolExecutor(_THREADS) as pool:
-            return [checkpoint for checkpoint in pool.map(_open_or_skip, self._steps(run)) if checkpoint is not None]
+            opened = pool.map(self._open_listed, paths, [entries for _, entries in found])
+            return [checkpoint for checkpoint in opened if checkpoint is not None]
+
+    def _entries(self, run: str) -> dict[str, Entries]:
+        """Return what the store tells of the objects of each step, by their paths below it."""
+        steps: dict[str, Entries] = {}
+        for path, entry in objects.entries_below(self._directory(run)).items():
+            name, _, below = path.partition("/")
+            if parse_step(name) is not None and below:
+                steps.setdefault(name, {})[below] = entry
+        return steps
+
+    def _open_listed(self, path: UPath, entries: Entries) -> Checkpoint | None:
+        """Return a step, or None if it is damaged, unreadable or gone."""
+        try:
+            checkpoint = Checkpoint(path, self._manifest(path, entries[MANIFEST_NAME]))
+            below = f"{checkpoint.manifest.directory}/" if checkpoint.manifest.directory else ""
+            check_sizes(
+                checkpoint, {n.removeprefix(below): int(e["size"]) for n, e in entries.items() if n.startswith(below)}
+            )
+        except (CheckpointError, OSError):
+            return _open_or_skip(path)  # it may have been committed or pruned during the listing: look again
+        return checkpoint
+
+    def _manifest(self, path: UPath, entry: Mapping[str, Any]) -> Manifest:
+        tag = next((str(entry[key]) for key in ("ETag", "etag", "generation") if entry.get(key)), None)
+        known = self._manifests.get(str(path))
+        if tag is not None and known is not None and known[0] == tag:
+            return known[1]
+        manifest = read_remote_manifest(path, int(entry["size"]))
+        if tag is not None:
+            self._manifests[str(path)] = (tag, manifest)
+        return manifest
 
     def latest(self, run: str) -> Checkpoint | None:
         """Return the newest committed step of a run that is all there, or None."""
@@ -120,6 +182,7 @@ class RemoteStore:
             StepExistsError: the step is committed already.
         """
         target = self._directory(run) / step_name(check_step(step))
+        objects.is_conditional(self._directory(run))  # found out now, and not when all data is written
         if self._is_committed(target):
             raise StepExistsError(
                 f"{target}: step {step} of run {run!r} is committed, and a committed step never changes; save "
@@ -148,13 +211,59 @@ class RemoteStore:
             background: delete the manifests now, and the files on a thread; `wait` tells how that went.
             dry_run: delete nothing, and return what would be deleted if nobody reads it.
         """
-        present = [int(path.name[-10:]) for path in self._steps(run)]
+        present = [int(name[-10:]) for name in self._step_names(run)]
         planned = plan(present, self.list(run), retention, self.pins(run))
         if dry_run:
             return Pruned(tuple(checkpoint.step for checkpoint in planned.old), errors=planned.errors)
         swept = [error for _, error in debris.sweep(self._directory(run)) if error]
-        pruned = take_away(planned.old, self._bury, self._deletions, background=background)
+        pruned = self._delete(run, planned.old, background=background)
         return replace(pruned, errors=(*swept, *planned.errors, *pruned.errors))
+
+    def _delete(self, run: str, old: Sequence[Checkpoint], *, background: bool) -> Pruned:
+        """Delete steps, many with a request; what goes wrong with some does not stop the rest."""
+        deleted: list[int] = []
+        leased: list[int] = []
+        errors: list[str] = []
+        for batch in (old[i : i + _BATCH] for i in range(0, len(old), _BATCH)):
+            try:
+                trash, buried, busy = self._bury(run, batch)
+            except (OSError, CheckpointError) as error:
+                errors.append(not_deleted(self._directory(run), error))
+                continue
+            leased += busy
+            deleted += buried
+            if trash is None:
+                continue
+            free = partial(debris.empty, trash)
+            if background:
+                self._deletions.begin(trash, free)
+            elif error := attempt(trash, free):
+                errors.append(error)
+        return Pruned(tuple(deleted), tuple(leased), tuple(errors))
+
+    def _bury(self, run: str, old: Sequence[Checkpoint]) -> tuple[UPath | None, list[int], list[int]]:
+        """Move manifests to the trash, but for those of steps that others read, pinned or deleted meanwhile.
+
+        Returns:
+            Where the trash is, which steps are in it, and which ones somebody reads or pinned.
+        """
+        directory = self._directory(run)
+        with records.alone(directory):  # so no pin comes between the look at them and the end of the manifests
+            now = {checkpoint.step: checkpoint.manifest.digest() for checkpoint in self.list(run)}
+            same = [checkpoint for checkpoint in old if now.get(checkpoint.step) == checkpoint.manifest.digest()]
+            leases, pinned = records.leased_keys(directory), set(self.pins(run).values())
+            free = [
+                checkpoint
+                for checkpoint in same
+                if checkpoint.step not in pinned
+                and records.lease_key(checkpoint.path.name, checkpoint.manifest) not in leases
+            ]
+            busy = [checkpoint.step for checkpoint in same if checkpoint not in free]
+            if busy:
+                _log.warning("%s: steps %s are being read, or were pinned just now, so not deleted", directory, busy)
+            if not free:
+                return None, [], busy
+            return debris.bury(directory, free), [checkpoint.step for checkpoint in free], busy
 
     def wait(self) -> tuple[str, ...]:
         """Wait for deletions in the background; return what went wrong with them since the last call, in sentences."""
@@ -230,22 +339,14 @@ class RemoteStore:
     def _is_committed(self, path: UPath) -> bool:
         return objects.exists(path / MANIFEST_NAME)
 
-    def _bury(self, checkpoint: Checkpoint) -> Callable[[], None] | None:
-        path = self.root / checkpoint.path.parent.name / checkpoint.path.name
-        with records.alone(path.parent):  # so no pin comes between the look at them and the end of the manifest
-            manifest = records.manifest_of(path)
-            if manifest is None or manifest.digest() != checkpoint.manifest.digest():
-                raise NotACheckpointError(f"{path}: deleted by another pruner.")
-            in_use = records.is_leased(path.parent, path.name, manifest)
-            if in_use or checkpoint.step in self.pins(path.parent.name).values():
-                return None
-            return partial(debris.empty, debris.bury(path, manifest))
-
 
 def _open_or_skip(path: UPath) -> Checkpoint | None:
     try:
         return open_remote(path)
     except NotACheckpointError:  # being written, or deleted
+        return None
+    except PermissionError as error:
+        _log.warning("skipped: %s: %s; its owner has to let this user read it", path, error)
         return None
     except DamagedError as error:
         _log.warning("skipped: %s", error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -13,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ckpt_core import locks
 from ckpt_core.errors import ArgumentError
 from tasks.config import DataSettings, ModelSettings
 from tasks.worker.documents import Document, fingerprint, read_documents, split_documents
@@ -95,7 +95,7 @@ def _locked(output: Path) -> Iterator[None]:
     """Let one process at a time prepare into `output`; whatever one left that was killed goes."""
     output.mkdir(parents=True, exist_ok=True)
     with (output / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        locks.take(lock.fileno(), locks.EXCLUSIVE, output)
         for leftover in output.glob(".preparing-*"):
             shutil.rmtree(leftover)
         yield

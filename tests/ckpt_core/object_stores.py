@@ -2,6 +2,7 @@
 
 import logging
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import fsspec
@@ -30,6 +31,32 @@ class Request:
     """The header `Range`."""
 
 
+@dataclass(frozen=True)
+class Fault:
+    """What is answered in place of the real answer."""
+
+    status: int
+    code: str
+    carried_out: bool = False
+    content: bytes | None = None
+
+    @property
+    def body(self) -> bytes:
+        """The answer's body."""
+        default = f"<Error><Code>{self.code}</Code><Message>injected</Message></Error>".encode()
+        return default if self.content is None else self.content
+
+
+def once(method: str, ending: str, fault: Fault):
+    """A rule: the next request of this method whose path, with its query, ends so."""
+    return lambda environ: (
+        fault
+        if environ["REQUEST_METHOD"] == method
+        and f"{environ['PATH_INFO']}?{environ.get('QUERY_STRING', '')}".rstrip("?").endswith(ending)
+        else None
+    )
+
+
 @dataclass
 class S3Server:
     """A running server, seen by whoever reads the environment."""
@@ -37,6 +64,12 @@ class S3Server:
     requests: list[Request] = field(default_factory=list)
     failures: list[tuple[int, bool]] = field(default_factory=list)
     """How the next writes of a manifest fail: the status of the answer, and whether it is written nonetheless."""
+
+    faults: list[Callable[[dict[str, str]], Fault | None]] = field(default_factory=list)
+    """Each is asked about every request, and is gone when it has named a fault."""
+
+    heeds_conditions: bool = True
+    """Whether `If-None-Match` means anything."""
 
     def new_bucket(self) -> str:
         """Make a bucket; return its URL."""
@@ -48,9 +81,21 @@ class S3Server:
         """Wrap the server's WSGI application with the log and the failures."""
 
         def answer(environ, start_response):
+            if not self.heeds_conditions:
+                environ.pop(CONDITION, None)
             condition = environ.get(CONDITION)
             path = environ["PATH_INFO"]
             self.requests.append(Request(environ["REQUEST_METHOD"], path, condition, environ.get("HTTP_RANGE")))
+            for rule in list(self.faults):
+                if (fault := rule(environ)) is not None:
+                    self.faults.remove(rule)
+                    if fault.carried_out:
+                        list(application(environ, lambda *_: None))
+                    start_response(
+                        f"{fault.status} Injected",
+                        [("Content-Type", "application/xml"), ("Content-Length", str(len(fault.body)))],
+                    )
+                    return [fault.body]
             if condition is None or not path.endswith("manifest.json") or not self.failures:
                 return application(environ, start_response)
             status, written = self.failures.pop(0)

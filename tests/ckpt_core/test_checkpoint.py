@@ -779,6 +779,26 @@ class TestStore:
             PyTorchCheckpoint(layers()).save(tmp_path, **{"step": 1, **wrong})
         assert list(tmp_path.iterdir()) == []
 
+    def test_links_among_the_assets(self, tmp_path: Path) -> None:
+        """What links lead to is saved, whole directories too; a link that leads back, or nowhere, is refused by name."""
+        assets, elsewhere = tmp_path / "assets", tmp_path / "elsewhere"
+        (elsewhere / "deep").mkdir(parents=True)
+        assets.mkdir()
+        (elsewhere / "tokenizer.json").write_text("{}")
+        (elsewhere / "deep" / "vocab.txt").write_text("a")
+        (assets / "file.json").symlink_to(elsewhere / "tokenizer.json")
+        (assets / "tokenizer").symlink_to("../elsewhere")
+        saved = PyTorchCheckpoint(layers()).save(tmp_path / "store", step=1, assets=assets)
+        names = [name for name in open_checkpoint(saved.url).manifest.files if name.startswith("assets/")]
+        assert names == ["assets/file.json", "assets/tokenizer/deep/vocab.txt", "assets/tokenizer/tokenizer.json"]
+        (elsewhere / "deep" / "back").symlink_to(assets)
+        for wrong in (elsewhere / "deep" / "back", assets / "nowhere"):
+            wrong.unlink(missing_ok=True)
+            wrong.symlink_to(assets if wrong.name == "back" else "/nowhere")
+            with pytest.raises(ArgumentError, match=wrong.name):
+                PyTorchCheckpoint(layers()).save(tmp_path / "store", step=2, assets=assets)
+            wrong.unlink()
+
     def test_a_failed_save_leaves_nothing(self, tmp_path: Path) -> None:
         """An error while parts are written, such as missing assets, leaves neither the step nor its staging."""
         with pytest.raises(FileNotFoundError):

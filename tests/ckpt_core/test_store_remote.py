@@ -8,12 +8,15 @@ import time
 import uuid
 from dataclasses import replace
 from importlib.resources import files
+from types import SimpleNamespace
 
 import fsspec
 import jsonschema
 import pytest
-from object_stores import s3_server  # noqa: F401 - a fixture
+import torch
+from object_stores import Fault, once, s3_server  # noqa: F401 - one is a fixture
 
+from ckpt_core import PyTorchCheckpoint, durable
 from ckpt_core.errors import (
     ArgumentError,
     CheckpointError,
@@ -22,7 +25,8 @@ from ckpt_core.errors import (
     NotACheckpointError,
     StepExistsError,
 )
-from ckpt_core.format.manifest import MANIFEST_NAME
+from ckpt_core.format.manifest import MANIFEST_NAME, Manifest, record_bytes
+from ckpt_core.retention import Retention
 from ckpt_core.store import Pruned, debris, objects, open_checkpoint, open_store, records, step_name
 from ckpt_core.store.checkpoint import is_newer
 from ckpt_core.store.remote import RemoteStore
@@ -43,6 +47,8 @@ def s3(s3_server):  # noqa: F811 - the fixture
     store = open_store(f"{s3_server.new_bucket()}/store")
     s3_server.requests.clear()
     s3_server.failures.clear()
+    s3_server.faults.clear()
+    s3_server.heeds_conditions = True
     return store
 
 
@@ -133,6 +139,188 @@ class TestS3:
         assert missing.runs() == []
         with pytest.raises(OSError, match="bucket"):
             missing.stage(RUN, 1)
+
+
+LOST = Fault(500, "InternalError", carried_out=True)
+SLOW_DOWN = Fault(503, "SlowDown")
+
+
+class TestLostAnswers:
+    """What was carried out though the answer says otherwise is recognised, whatever object it was."""
+
+    @pytest.mark.parametrize("ending", [*FILES, MANIFEST_NAME])
+    def test_of_a_commit(self, s3, s3_server, ending):  # noqa: F811
+        """The request is sent again, and refused since the object is there: it is our own."""
+        s3_server.faults.append(once("PUT", ending, LOST))
+        check(commit(s3, 7))
+        assert s3_server.faults == []
+
+    def test_of_a_whole_checkpoint(self, s3, s3_server):  # noqa: F811
+        """Files that PyTorchCheckpoint writes: torch's metadata, and tensors."""
+        s3_server.faults += [once("PUT", f"/{name}", LOST) for name in (".metadata", "__0_0.distcp")]
+        PyTorchCheckpoint(torch.nn.Linear(2, 2)).save(s3.url, step=1, run=RUN)
+        assert s3_server.faults == []
+        assert s3.latest(RUN).step == 1
+
+    @pytest.mark.parametrize("query", ["uploads", "partNumber=1", ""])
+    def test_of_an_upload_in_parts(self, s3, s3_server, query):  # noqa: F811
+        """The beginning, a part and the end of an upload of many parts."""
+        place, data = s3.root / "large", bytes(range(256)) * (80 << 10)
+
+        def rule(environ):
+            asked, method = environ.get("QUERY_STRING", ""), environ["REQUEST_METHOD"]
+            ends = method == "POST" and asked.startswith("uploadId=")
+            return LOST if (query in asked if query else ends) and method in {"PUT", "POST"} else None
+
+        s3_server.faults.append(rule)
+        sink = durable.create(place)
+        sink.write(memoryview(data))
+        sink.seal()
+        assert s3_server.faults == []
+        assert place.read_bytes() == data
+
+    @pytest.mark.parametrize("begin", [b"other", b"mine!"])
+    def test_of_an_object_that_is_anothers(self, s3, begin):
+        """An object with other bytes is no answer that was lost: it stays, and that is an error."""
+        place = s3.root / "file"
+        objects.write(place, begin)
+        for write in (lambda: durable.write_new(place, b"mine."), lambda: self.send(place, b"mine.")):
+            with pytest.raises(FileExistsError):
+                write()
+        assert objects.read(place) == begin
+
+    def send(self, place, data):
+        """Write an object as the ranks do."""
+        sink = durable.create(place)
+        try:
+            sink.write(memoryview(data))
+            sink.seal()
+        finally:
+            sink.close()
+
+    def test_a_busy_server(self, s3, s3_server):  # noqa: F811
+        """Requests that are refused because there are too many are sent again."""
+        commit(s3, 1)
+        s3_server.faults += [
+            once(method, ending, SLOW_DOWN)
+            for method, ending in (
+                ("PUT", FILES[0]),
+                ("PUT", MANIFEST_NAME),
+                ("GET", MANIFEST_NAME),
+                ("POST", "?delete"),
+            )
+        ]
+        commit(s3, 2)
+        check(s3.latest(RUN))
+        assert s3.prune(RUN, NEWEST) == Pruned(deleted=(1,))
+        assert s3_server.faults == []
+
+    def test_a_key_that_is_not_deleted(self, s3, s3_server):  # noqa: F811
+        """S3 answers 200 where it refuses to delete some of many objects: that is told, and done the next time."""
+        for step in (1, 2):
+            commit(s3, step)
+        prefix = "<?xml version='1.0'?><DeleteResult xmlns='http://s3.amazonaws.com/doc/2006-03-01/'><Error>"
+        body = f"{prefix}<Key>k</Key><Code>AccessDenied</Code><Message>locked</Message></Error></DeleteResult>"
+        refused = Fault(200, "", content=body.encode())
+        for _ in range(2):  # the manifests, then the files
+            s3_server.faults.append(lambda e: refused if e["REQUEST_METHOD"] == "POST" else None)
+            (error,) = s3.prune(RUN, NEWEST).errors
+            assert "AccessDenied" in error
+        assert s3.prune(RUN, NEWEST).errors == ()
+        assert len(everything(s3)) == len(FILES) + 1
+
+
+class TestConditions:
+    """A store that ignores `If-None-Match` is noticed."""
+
+    def test_two_writers(self, s3, s3_server, caplog):  # noqa: F811
+        """Of two that commit the same step one wins all the same: they look for each other's notes."""
+        s3_server.heeds_conditions = False
+        other = open_store(s3.url)
+        first, second = s3.stage(RUN, 7), other.stage(RUN, 7)
+        manifests = fill(first, 7, writer=1), fill(second, 7, writer=2)
+        barrier, told = threading.Barrier(2), []
+
+        def race(store, staging, manifest):
+            barrier.wait()
+            try:
+                staging.commit(manifest)
+            except StepExistsError:
+                told.append(staging)
+            store.release(staging)
+
+        threads = [
+            threading.Thread(target=race, args=each)
+            for each in ((s3, first, manifests[0]), (other, second, manifests[1]))
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(told) == 1
+        check(s3.latest(RUN), writer=2 if told[0] is first else 1)
+        assert len(everything(s3)) == len(FILES) + 1
+        assert len([r for r in s3_server.requests if "/.probe-" in r.path and r.method == "PUT"]) <= 4
+
+    def test_what_has_no_notes(self, s3, s3_server):  # noqa: F811
+        """Where only the condition would keep two writers apart, the write is refused, and nothing is written."""
+        s3_server.heeds_conditions = False
+        with pytest.raises(CommitError, match="If-None-Match"):
+            objects.create(s3.root / "record", b"x")
+        assert everything(s3) == {}
+
+    def test_it_is_tried_once(self, s3, s3_server):  # noqa: F811
+        """Whether a bucket heeds it is found out once in a process, and leaves nothing."""
+        for step in (1, 2, 3):
+            commit(open_store(s3.url), step)
+        tries = [r.method for r in s3_server.requests if "/.probe-" in r.path]
+        assert tries == ["PUT", "PUT", "DELETE"]
+        assert len(everything(s3)) == 3 * (len(FILES) + 1)
+
+    def test_other_protocols(self):
+        """Plugins that look first and write then are not trusted with it."""
+        assert not objects.is_conditional(SimpleNamespace(fs=None, protocol="sftp", path="x"))
+
+
+class TestCost:
+    """How many requests are sent."""
+
+    @pytest.fixture
+    def many(self, s3, s3_server):  # noqa: F811
+        """A run of 200 steps."""
+        data, found = b"x", {}
+        for step in range(200):
+            manifest = Manifest(
+                run=RUN, step=step, time="", world_size=1, files={"x": record_bytes(data)}, directory="d"
+            ).to_bytes()
+            base = f"{s3.root.path}/{RUN}/{step_name(step)}"
+            found |= {f"{base}/d/x": data, f"{base}/{MANIFEST_NAME}": manifest}
+        s3.root.fs.pipe(found)
+        s3_server.requests.clear()
+        return s3
+
+    def test_many_steps(self, many, s3_server):  # noqa: F811
+        """Steps are listed together, and deleted together."""
+        assert steps(many.list(RUN)) == list(range(200))
+        assert len(s3_server.requests) <= 205
+        s3_server.requests.clear()
+        assert steps(many.list(RUN)) == list(range(200))
+        assert len(s3_server.requests) <= 2
+        s3_server.requests.clear()
+        assert many.prune(RUN, Retention(keep_last=10)) == Pruned(deleted=tuple(range(190)))
+        assert len(s3_server.requests) <= 50
+        assert steps(open_store(many.url).list(RUN)) == list(range(190, 200))
+        assert len(everything(many)) == 20
+
+    def test_more_than_a_page(self, s3, monkeypatch):
+        """What S3 lists and deletes with several requests is listed and deleted as a whole."""
+        monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "3")
+        monkeypatch.setattr(objects, "_BATCH", 2)
+        for step in (1, 2, 3):
+            commit(s3, step)
+        assert steps(s3.list(RUN)) == [1, 2, 3]
+        assert s3.prune(RUN, NEWEST) == Pruned(deleted=(1, 2))
+        assert len(everything(s3)) == len(FILES) + 1
 
 
 class TestExpiry:
@@ -243,8 +431,8 @@ class TestUnreadableManifests:
     def test_in_the_trash(self, store):
         """What a pruner left stays if it cannot be read, and the rest of the run is pruned and repaired."""
         cut, _, _ = [commit(store, step) for step in (1, 2, 3)]
-        trash = store.root / RUN / f".trash-{step_name(1)}.0"
-        (trash / MANIFEST_NAME).write_bytes(b"{")
+        trash = store.root / RUN / ".trash-0"
+        (trash / "manifests.json").write_bytes(b"{")
         (cut.root / FILES[0]).write_bytes(b"cut")
         pruned = store.prune(RUN, NEWEST)
         assert pruned.deleted == (2,)
@@ -301,16 +489,16 @@ class TestPruners:
         first = commit(store, 1)
         commit(store, 2)
         lease = first.lease()
-        real = records.is_leased
+        real = records.leased_keys
         looked = itertools.count()
 
-        def leased_meanwhile(*arguments):
-            found = real(*arguments)
+        def leased_meanwhile(run):
+            found = real(run)
             if next(looked) == 0:  # after the first look, before the manifest goes
                 lease.__enter__()
             return found
 
-        monkeypatch.setattr(records, "is_leased", leased_meanwhile)
+        monkeypatch.setattr(records, "leased_keys", leased_meanwhile)
         assert store.prune(RUN, NEWEST) == Pruned(deleted=(1,))
         check(first)
         assert steps(store.list(RUN)) == [2]
@@ -330,7 +518,7 @@ class TestPruners:
         def die(*_):
             raise DiedError
 
-        target = "ckpt_core.store.debris.empty" if deleted else "ckpt_core.store.objects.delete"
+        target = "ckpt_core.store.debris.empty" if deleted else "ckpt_core.store.objects.delete_all"
         with monkeypatch.context() as patch:
             patch.setattr(target, die)
             with pytest.raises(DiedError):
@@ -357,7 +545,7 @@ class TestPruners:
         commit(store, 1)
         commit(store, 2)
         real = RemoteStore._bury
-        monkeypatch.setattr(RemoteStore, "_bury", lambda self, c: (store.pin(RUN, "best", 1), real(self, c))[1])
+        monkeypatch.setattr(RemoteStore, "_bury", lambda *given: (store.pin(RUN, "best", 1), real(*given))[1])
         assert store.prune(RUN, NEWEST) == Pruned(leased=(1,))
         assert steps(store.list(RUN)) == [1, 2]
 
@@ -431,8 +619,12 @@ class TestPruners:
         commit(store, 1)
         commit(store, 2)
 
-        def fail(*_):
-            raise OSError("no network")
+        real = objects.delete_all
+
+        def fail(directory, names):
+            if not all(name.endswith(MANIFEST_NAME) for name in names):
+                raise OSError("no network")
+            real(directory, names)
 
         with monkeypatch.context() as patch:
             patch.setattr("ckpt_core.store.objects.delete_all", fail)
@@ -469,7 +661,7 @@ class TestManifest:
         """A manifest of an absurd size is refused before it is read."""
         checkpoint = commit(store, 1)
         monkeypatch.setattr("ckpt_core.store.checkpoint.MAX_BYTES", 10)
-        monkeypatch.setattr("ckpt_core.store.objects.read", lambda _: pytest.fail("read"))
+        monkeypatch.setattr("ckpt_core.store.objects.read", lambda *_: pytest.fail("read"))
         with pytest.raises(DamagedError, match="larger than 10 bytes"):
             open_checkpoint(checkpoint.url)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ckpt_core import PyTorchCheckpoint, open_store
-from ckpt_core.locks import SHARED, locked
+from ckpt_core.export import scratch
 from ckpt_core.retention import Retention
 from ckpt_core.store import CHAMPION
 from tasks import record
@@ -165,7 +165,7 @@ def test_abandoned_conversions_go(store: Path):
     """One that was killed lately may go on, and one that is being written is not given up."""
     old = conversion_of(store, "old", hours=25)
     others = [conversion_of(store, "new", hours=23), conversion_of(store, "busy", hours=25)]
-    with locked(others[1], SHARED):
+    with scratch.shared(others[1]):
         done = tidied(store)
     assert (old.exists(), [path.exists() for path in others]) == (False, [True, True])
     assert str(old) in done.done[0]
