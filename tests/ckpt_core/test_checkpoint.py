@@ -780,7 +780,7 @@ class TestStore:
         assert list(tmp_path.iterdir()) == []
 
     def test_links_among_the_assets(self, tmp_path: Path) -> None:
-        """What links lead to is saved, whole directories too; a link that leads back, or nowhere, is refused by name."""
+        """What links lead to is saved, directories too; a link that leads back, or nowhere, is refused by name."""
         assets, elsewhere = tmp_path / "assets", tmp_path / "elsewhere"
         (elsewhere / "deep").mkdir(parents=True)
         assets.mkdir()
