@@ -6,7 +6,6 @@ the save runs, names what was made; with it the next save to that target deletes
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import uuid
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from ckpt_core import durable, ranks
+from ckpt_core import durable, locks, ranks
 from ckpt_core.errors import ArgumentError, CommitError, StepExistsError
 from ckpt_core.store import rename_new
 
@@ -75,21 +74,21 @@ class _Save:
         self._roots = [part for part in parts if _root(part, parts) is part]
         self._last = _root(parts[-1], parts).target
         self._record = self._last.with_name(f".saving-{self._last.name}")
-        self._record.parent.mkdir(parents=True, exist_ok=True)
-        self._handle = _open_locked(self._record)
+        durable.make_directory(self._record.parent)
+        self._lock = _lock(self._record)
         self._staged: dict[Path, Path] = {}
 
     def delete_leftovers(self) -> None:
         """Delete what the record names, but for targets whose last one has its name too: that save was complete."""
         complete = _occupied(self._last)
-        for path, identity in _entries(self._handle):
+        for path, identity in _entries(self._lock.handle):
             if identity is None or (not complete and identity == _identity(path)):
                 _delete(path)
 
     def stage(self) -> list[Path]:
         """Make a directory beside each root's target; return where to write each part."""
         for root in self._roots:
-            root.target.parent.mkdir(parents=True, exist_ok=True)
+            durable.make_directory(root.target.parent)
             staged = root.target.with_name(f".staging-{root.target.name}-{uuid.uuid4().hex}")
             self._note(staged, None)
             staged.mkdir()
@@ -113,15 +112,15 @@ class _Save:
             self.delete_leftovers()
             self._record.unlink(missing_ok=True)
         finally:
-            os.close(self._handle)
+            self._lock.release()
 
     def _directory(self, part: Part) -> Path:
         root = _root(part, self._parts)
         return self._staged[root.target] / part.target.relative_to(root.target)
 
     def _note(self, path: Path, identity: Identity | None) -> None:
-        os.write(self._handle, json.dumps([str(path), identity]).encode() + b"\n")
-        os.fsync(self._handle)
+        os.write(self._lock.handle, json.dumps([str(path), identity]).encode() + b"\n")
+        os.fsync(self._lock.handle)
 
 
 def _root(part: Part, parts: Sequence[Part]) -> Part:
@@ -132,22 +131,17 @@ def _root(part: Part, parts: Sequence[Part]) -> Part:
     return min([*outer, part], key=lambda p: len(p.target.parts))
 
 
-def _open_locked(record: Path) -> int:
-    """Open the record, new or a killed save's, and lock it; one that was deleted meanwhile is made again.
+def _lock(record: Path) -> locks.Lock:
+    """Lock the record, new or a killed save's, to write at its end.
 
     Raises:
         CommitError: another process has it locked.
     """
-    while True:
-        handle = os.open(record, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            raise CommitError(f"{record}: another process is saving here; wait for its end.") from None
-        if os.fstat(handle).st_nlink:
-            return handle
-        os.close(handle)
+    lock = locks.make_lock_file(record, locks.EXCLUSIVE_NOW)
+    if lock is None:
+        raise CommitError(f"{record}: another process is saving here; wait for its end.")
+    os.lseek(lock.handle, 0, os.SEEK_END)
+    return lock
 
 
 def _entries(handle: int) -> Iterator[tuple[Path, Identity | None]]:
@@ -186,6 +180,6 @@ def _merge(source: Path, target: Path) -> None:
     """Put files into a directory that has files already, each whole."""
     for name, file in durable.files_below(source):
         place = target / name
-        place.parent.mkdir(parents=True, exist_ok=True)
+        durable.make_directory(place.parent)
         file.replace(place)
     durable.sync_tree(target)

@@ -31,7 +31,7 @@ def workplace(tmp_path, monkeypatch):
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=1, **sizes))
-    PyTorchCheckpoint(model).save("runs", step=10)
+    PyTorchCheckpoint(model).save("runs", step=10, metrics={"heldout_loss": 3.0})
     return tmp_path
 
 

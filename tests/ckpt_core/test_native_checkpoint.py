@@ -324,6 +324,13 @@ class TestSaveAndLoad:
             load_checkpoint(model, str(tmp_path / "w3"), optimizer, None, str(tmp_path / "o2"))
         assert_same(snapshot(optimizer), before)
 
+    def test_new_parents_survive_a_power_cut(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Every directory that gets a new entry is flushed, up to the one that was there before."""
+        real, flushed = os.fsync, set[Path]()
+        monkeypatch.setattr(os, "fsync", lambda fd: (flushed.add(Path(f"/proc/self/fd/{fd}").readlink()), real(fd)))
+        save_checkpoint(layers(), str(tmp_path / "a" / "b" / "weights"))
+        assert {tmp_path, tmp_path / "a", tmp_path / "a" / "b"} <= flushed
+
     def test_two_savers_at_one_path_do_not_meet(self, tmp_path: Path) -> None:
         """While another process saves there, a save is refused, and leaves the other's files alone."""
         staged = tmp_path / ".staging-weights-1"
