@@ -50,17 +50,16 @@ class Lock:
             raise
 
     def release(self) -> None:
-        """Unlock the file and close it."""
+        """Unlock the file and close it; raises nothing, since what was done under the lock stands."""
         handle, self.handle = self.handle, -1
         if handle < 0:
             return
         del _taken[handle]
-        try:
-            # Closing is not enough: a process that was forked meanwhile has the same open file, and so the lock.
-            if self._process == os.getpid():
-                with suppress(OSError):  # closing it unlocks it for this process all the same
-                    fcntl.flock(handle, fcntl.LOCK_UN)
-        finally:
+        # Closing is not enough: a process that was forked meanwhile has the same open file, and so the lock.
+        if self._process == os.getpid():
+            with suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_UN)
+        with suppress(OSError):  # it is closed all the same
             os.close(handle)
 
     def close_inherited(self) -> None:

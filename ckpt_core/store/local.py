@@ -117,13 +117,14 @@ class LocalStore:
         """
         directory = self._directory(run)
         target = directory / step_name(check_step(step))
+        if directory.is_dir():
+            list(_sweep_staging(directory))
         if target.exists():
             raise StepExistsError(
                 f"{target}: step {step} of run {run!r} is committed, and a committed step never changes; save "
                 "under another step or run."
             )
         durable.make_directory(directory)
-        list(_sweep_staging(directory))
         path = directory / f"{STAGING}{step_name(step)}-{uuid.uuid4().hex}"
         lock = locks.make_lock_file(_lock_of(path))
         assert lock is not None  # it waits
