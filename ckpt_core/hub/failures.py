@@ -21,6 +21,7 @@ CONFLICT, STALE, TOO_LARGE, TOO_MANY = 409, 412, 413, 429
 _SERVER_ERRORS = 500
 _RERUN = "run it again: what arrived is found and not sent twice"
 _XET_REFUSED = re.compile(r"400 Bad Request.*/shards")  # the list of a file's chunks, of which some are not there
+_CARD_REFUSED = "Invalid metadata in README.md. "
 _FULL = ("quota", "storage", "limit")
 
 
@@ -72,6 +73,12 @@ def asked_wait(problem: BaseException) -> float | None:
 def _explain(hub: Connection, where: str, problem: BaseException) -> HubError:
     from huggingface_hub.utils import httpx
 
+    card = " ".join(str(problem).split())
+    if isinstance(problem, ValueError) and card.startswith(_CARD_REFUSED):
+        reasons = hub.hide_token(card.removeprefix(_CARD_REFUSED))[:_LONGEST_MESSAGE]
+        return HubError(
+            f"{where}: the Hub does not accept the metadata of the card; correct it, then {_RERUN}. It says: {reasons}"
+        )
     answer = _http_error(problem)
     if answer is not None:
         return _explain_status(hub, where, answer)

@@ -1,12 +1,16 @@
 """The local Hub as an ASGI application: what the `huggingface_hub` client asks of huggingface.co.
 
-Model repositories only, large files by LFS and by Xet, no discussions, no `.gitignore` rules.
+Model repositories only, large files by LFS and by Xet, no pull requests, no discussions, no `.gitignore` rules.
 """
 
+import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from urllib.parse import unquote
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
@@ -14,17 +18,27 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from ckpt_core.testing.hub_auth import Gate
-from ckpt_core.testing.hub_cards import parse_card
+from ckpt_core.testing.hub_cards import CardError, check_card
 from ckpt_core.testing.hub_cas import Cas
 from ckpt_core.testing.hub_commits import Commits
 from ckpt_core.testing.hub_lfs import Lfs
-from ckpt_core.testing.hub_names import Refusal
-from ckpt_core.testing.hub_pulls import Pulls
+from ckpt_core.testing.hub_names import Refusal, not_found
 from ckpt_core.testing.hub_reads import Reads
 from ckpt_core.testing.hub_repos import Repos
-from ckpt_core.testing.hub_requests import API, RawPaths, answering, json_object, refuse, repo_id, text
+from ckpt_core.testing.hub_requests import (
+    API,
+    RawPaths,
+    RequestIds,
+    answering,
+    json_object,
+    refuse,
+    repo_id,
+    text,
+)
 from ckpt_core.testing.hub_xet import Xet
 
+_REPO_ADDRESS = re.compile(r"/api/(?:models|datasets|spaces)/(.+)|/(.+)/(?:resolve|raw|info/lfs)/")
+_OTHER_KINDS = re.compile(r"(?:/api)?/(?:datasets|spaces)/")
 USER = "local"  # the namespace of repositories that are created without one
 
 
@@ -49,12 +63,33 @@ def create_app(
         *Lfs(repos, gate, part_size).routes(),
         *(storage.routes() if storage else []),
         *Commits(repos, gate, cas).routes(),
-        *Pulls(repos, gate).routes(),
         *Reads(repos, gate, storage, page_size).routes(),
     ]
     # A page in a browser could otherwise reach this server through a name that resolves to loopback.
-    middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"]), Middleware(RawPaths)]
-    return Starlette(routes=routes, middleware=middleware, exception_handlers={Refusal: refuse})
+    middleware = [
+        Middleware(RequestIds),
+        Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"]),
+        Middleware(RawPaths),
+    ]
+    handlers = {Refusal: refuse, HTTPException: partial(_refuse_unknown, repos)}
+    return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
+
+
+def _refuse_unknown(repos: Repos, request: Request, error: Exception) -> Response:
+    """Answer to an address that no route has: no such repository, as of an id without a namespace, or not offered."""
+    assert isinstance(error, HTTPException)
+    path = unquote(request.url.path)
+    found = _REPO_ADDRESS.match(path)
+    if found is None:
+        return refuse(request, Refusal(error.status_code, f"This server does not offer {request.method} {path}"))
+    named = "/".join((found[1] or found[2]).split("/")[:2])
+    try:
+        if _OTHER_KINDS.match(path):
+            raise not_found(f"{path}: this server keeps model repositories only")
+        repos.get(named)
+    except Refusal as refusal:
+        return refuse(request, refusal)
+    return refuse(request, Refusal(error.status_code, f"This server does not offer {request.method} {path}"))
 
 
 class _Accounts:
@@ -80,25 +115,25 @@ class _Accounts:
 
     def validate_yaml(self, _: Request, body: bytes) -> Response:
         try:
-            metadata = parse_card(text(json_object(body), "content"))
-        except ValueError as problem:
-            return JSONResponse({"errors": [{"message": str(problem)}], "warnings": []}, 400)
+            metadata = check_card(text(json_object(body), "content"))
+        except CardError as error:
+            return JSONResponse({"errors": [{"message": each} for each in error.problems], "warnings": []}, 400)
         warnings = [] if metadata else [{"message": "empty or missing yaml metadata in repo card"}]
         return JSONResponse({"errors": [], "warnings": warnings})
 
     def create(self, request: Request, body: bytes) -> Response:
         self._gate.check_write(request)
         data = json_object(body)
-        target = _named_repo(data)
-        answer = {"url": f"{request.base_url}{target}", "name": target, "id": target}
+        target, error = _named_repo(data), {}
         private = data.get("visibility", "public") != "public"
         try:
             self._repos.create(target, private=private)
         except Refusal as refusal:
             if refusal.status != 409:  # noqa: PLR2004  the client reads the address from a 409 as well
                 raise
-            return JSONResponse({"error": refusal.message, **answer}, 409)
-        return JSONResponse(answer)
+            target, error = self._repos.get(target).id, {"error": refusal.message}
+        answer = {"url": f"{request.base_url}{target}", "name": target, "id": target}
+        return JSONResponse({**error, **answer}, 409 if error else 200)
 
     def delete(self, request: Request, body: bytes) -> Response:
         self._gate.check_write(request)

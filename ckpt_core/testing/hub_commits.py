@@ -11,13 +11,18 @@ from starlette.routing import Route
 
 from ckpt_core.testing import hub_trees
 from ckpt_core.testing.hub_auth import Gate
+from ckpt_core.testing.hub_cards import CardError, check_card
 from ckpt_core.testing.hub_cas import Cas
 from ckpt_core.testing.hub_files import link
 from ckpt_core.testing.hub_names import Refusal, check_path
-from ckpt_core.testing.hub_pulls import open_pull
 from ckpt_core.testing.hub_repo import Change, Copy, Put, Remove, Repo
 from ckpt_core.testing.hub_repos import Repos
 from ckpt_core.testing.hub_requests import API, answering, flag, integer, json_object, repo_id, text
+
+_NO_PULL_REQUESTS = (
+    "This server has no pull requests and no discussions: commit to a branch, without create_pr, and to main when it is"
+    " to be served"
+)
 
 
 class Commits:
@@ -37,10 +42,13 @@ class Commits:
             Route(API + "/branch/{ref:quoted}", answering(self.delete_branch), methods=["DELETE"]),
             Route(API + "/tag/{ref:quoted}", answering(self.create_tag), methods=["POST"]),
             Route(API + "/tag/{ref:quoted}", answering(self.delete_tag), methods=["DELETE"]),
+            Route(API + "/discussions", answering(self.discussions), methods=["GET", "POST"]),
+            Route(API + "/discussions/{rest:path}", answering(self.discussions), methods=["GET", "POST"]),
         ]
 
     def preupload(self, request: Request, body: bytes) -> Response:
         """Tell for each file whether git or LFS takes it, and what the branch holds under its path."""
+        _refuse_pull_request(request)
         repo = self._writable(request)
         files = repo.commit(request.path_params["revision"]).files
         known = files.get(hub_trees.GIT_ATTRIBUTES)
@@ -57,6 +65,7 @@ class Commits:
 
     def commit(self, request: Request, body: bytes) -> Response:
         """Commit every operation of the request at once, or nothing."""
+        _refuse_pull_request(request)
         repo = self._writable(request)
         lines = [json_object(line) for line in body.splitlines() if line.strip()]
         headers = [line["value"] for line in lines if line.get("key") == "header"]
@@ -64,16 +73,14 @@ class Commits:
             raise Refusal(400, "A commit has exactly one header")
         changes = [self._change(repo, line) for line in lines if line.get("key") != "header"]
         title, message = text(headers[0], "summary"), headers[0].get("description") or ""
-        branch, parent, pull = request.path_params["revision"], headers[0].get("parentCommit"), None
-        if flag(request.query_params.get("create_pr")):
-            pull = open_pull(repo, title, start=parent or "main")
-            branch = pull.ref
-        commit_id = repo.apply(branch, changes, title, message, parent)
+        commit_id = repo.apply(request.path_params["revision"], changes, title, message, headers[0].get("parentCommit"))
         url = f"{request.base_url}{repo.id}/commit/{commit_id}"
-        answer: dict[str, Any] = {"success": True, "commitOid": commit_id, "commitUrl": url, "hookOutput": ""}
-        if pull is not None:
-            answer["pullRequestUrl"] = f"{request.base_url}{repo.id}/discussions/{pull.number}"
-        return JSONResponse(answer)
+        return JSONResponse({"success": True, "commitOid": commit_id, "commitUrl": url, "hookOutput": ""})
+
+    def discussions(self, request: Request, _: bytes) -> Response:
+        """Refuse what is about pull requests and discussions."""
+        self._repos.get(repo_id(request))
+        raise Refusal(400, _NO_PULL_REQUESTS)
 
     def create_branch(self, request: Request, body: bytes) -> Response:
         """Create a branch at a revision, or at the head of main."""
@@ -107,13 +114,15 @@ class Commits:
             case "file":
                 content = text(value, "content")
                 plain = _decode(content) if value.get("encoding") == "base64" else content.encode()
+                if path == "README.md":
+                    _check_metadata(plain)
                 return Put(path, repo.store(plain))
             case "lfsFile":
                 return Put(path, self._uploaded(repo, text(value, "oid"), value.get("size")))
             case "copyFile":
                 return Copy(path, text(value, "srcPath"), value.get("srcRevision"))
             case "deletedFile":
-                return Remove(path)
+                return Remove(path.rstrip("/"))
             case "deletedFolder":
                 return Remove(path.rstrip("/"), folder=True)
             case other:
@@ -129,6 +138,21 @@ class Commits:
         if declared_size not in (None, size):
             raise Refusal(400, f"LFS object {oid} has {size} bytes, not {declared_size}")
         return hub_trees.lfs_entry(oid, size)
+
+
+def _refuse_pull_request(request: Request) -> None:
+    if flag(request.query_params.get("create_pr")):
+        raise Refusal(400, _NO_PULL_REQUESTS)
+
+
+def _check_metadata(card: bytes) -> None:
+    try:
+        check_card(card.decode())
+    except CardError as error:
+        said = "".join(f"\n- {problem}" for problem in error.problems)
+        raise Refusal(400, f"Invalid metadata in README.md.{said}") from None
+    except UnicodeDecodeError:
+        raise Refusal(400, "README.md is not UTF-8") from None
 
 
 def _decode(value: str) -> bytes:

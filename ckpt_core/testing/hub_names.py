@@ -5,6 +5,7 @@ import re
 _NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
 _REF = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]{0,199}")
 COMMIT = re.compile(r"[0-9a-f]{40}")
+SHORT_COMMIT = re.compile(r"[0-9a-f]{5,40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\\]")
 _LONGEST_PATH = 1024
@@ -22,6 +23,11 @@ class Refusal(Exception):  # noqa: N818  a protocol answer, not a failure of thi
         self.commit = commit
 
 
+def not_found(repo_id: str) -> Refusal:
+    """Return the refusal that there is no such repository."""
+    return Refusal(404, f"Repository not found: {repo_id}", code="RepoNotFound")
+
+
 def check_repo_id(repo_id: str) -> tuple[str, str]:
     """Return namespace and name; anything that is not two plain names is refused."""
     namespace, _, name = repo_id.partition("/")
@@ -37,7 +43,7 @@ def check_ref(name: str) -> None:
     """Refuse a branch's or tag's name that git would refuse, or that looks like a commit id."""
     parts = name.split("/")
     bad_part = any(not part or part.startswith(".") or part.endswith((".", ".lock")) for part in parts)
-    if not _REF.fullmatch(name) or ".." in name or bad_part or COMMIT.fullmatch(name):
+    if not _REF.fullmatch(name) or ".." in name or bad_part or COMMIT.fullmatch(name) or parts[0] == "refs":
         raise Refusal(400, f"Invalid branch or tag name: {name!r}")
 
 

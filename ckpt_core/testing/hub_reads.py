@@ -1,6 +1,7 @@
 """Reading a repository: trees, refs, commits, model info, and the files themselves."""
 
 from collections.abc import Iterable, Sequence
+from html import escape
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -84,16 +85,16 @@ class Reads:
         return JSONResponse({})
 
     def refs(self, request: Request, _: bytes) -> Response:
-        """List branches and tags, and where it is asked for, what pull requests propose."""
+        """List branches and tags; there are no pull requests."""
         refs = self._readable(request).refs()
         branches, tags = _refs("refs/heads/", refs.branches), _refs("refs/tags/", refs.tags)
-        pulls = _refs("", refs.pulls) if flag(request.query_params.get("include_prs")) else []
-        return JSONResponse({"branches": branches, "tags": tags, "converts": [], "pullRequests": pulls})
+        return JSONResponse({"branches": branches, "tags": tags, "converts": [], "pullRequests": []})
 
     def commits(self, request: Request, _: bytes) -> Response:
-        """List a revision's commits, newest first."""
+        """List a revision's commits, newest first; where it is asked for, with their texts as HTML, too."""
         history = self._readable(request).history(request.path_params["revision"])
-        return self._page(request, [_commit_json(commit) for commit in history])
+        formatted = "formatted" in request.query_params.getlist("expand[]")
+        return self._page(request, [_commit_json(commit, formatted=formatted) for commit in history])
 
     def tree(self, request: Request, _: bytes) -> Response:
         """List a folder, optionally with all below it and the commit that last changed each."""
@@ -166,9 +167,10 @@ def _refs(prefix: str, names: dict[str, str]) -> list[dict[str, str]]:
     return [{"name": name, "ref": prefix + name, "targetCommit": names[name]} for name in sorted(names)]
 
 
-def _commit_json(commit: Commit) -> dict[str, Any]:
-    authors = [{"user": "local"}]
-    return {"id": commit.id, "title": commit.title, "message": commit.message, "date": commit.date, "authors": authors}
+def _commit_json(commit: Commit, *, formatted: bool) -> dict[str, Any]:
+    texts = {"title": commit.title, "message": commit.message}
+    result = {"id": commit.id, **texts, "date": commit.date, "authors": [{"user": "local"}]}
+    return result | ({"formatted": {name: escape(each) for name, each in texts.items()}} if formatted else {})
 
 
 def _add_last_commits(repo: Repo, revision: str, items: Iterable[dict[str, Any]]) -> None:

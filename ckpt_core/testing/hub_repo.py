@@ -4,7 +4,7 @@ import fcntl
 import json
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
@@ -29,11 +29,10 @@ class Commit:
 
 @dataclass(frozen=True)
 class Refs:
-    """Where branches, tags and pull requests (named `refs/pr/<number>`) point."""
+    """Where branches and tags point."""
 
     branches: dict[str, str]
     tags: dict[str, str]
-    pulls: dict[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Put:
 
 @dataclass(frozen=True)
 class Remove:
-    """Delete a file, or a folder with all it holds."""
+    """Delete a file, or a folder with all it holds; with `folder`, no file."""
 
     path: str
     folder: bool = False
@@ -76,7 +75,7 @@ class Repo:
     def initialise(cls, path: Path, repo_id: str, lock_file: Path, *, private: bool) -> Self:
         """Lay out a new repository whose first commit holds `.gitattributes`, as on the Hub."""
         repo = cls(path, repo_id, lock_file)
-        for folder in ("commits", "objects", "parts", "pulls"):
+        for folder in ("commits", "objects", "parts"):
             (path / folder).mkdir(parents=True)
         repo._write("repo.json", {"private": private, "created": now()})
         entry = repo.store(hub_trees.DEFAULT_ATTRIBUTES)
@@ -87,7 +86,7 @@ class Repo:
     def require(self) -> None:
         """Refuse with 404 where the repository is not, or is no longer, there."""
         if not (self.path / "repo.json").exists():
-            raise Refusal(404, "Repository not found", code="RepoNotFound")
+            raise hub_names.not_found(self.id)
 
     @contextmanager
     def locked(self) -> Generator[None]:
@@ -107,18 +106,21 @@ class Repo:
             self._write("repo.json", {**self.settings, "private": private})
 
     def refs(self) -> Refs:
-        """Return all branches, tags and pull requests."""
-        return Refs(**self._read("refs.json"))
+        """Return all branches and tags."""
+        known = self._read("refs.json")
+        return Refs(known["branches"], known["tags"])
 
     def resolve(self, revision: str) -> str:
-        """Return the commit id of a branch, a tag, a pull request or a full commit id."""
+        """Return the commit id of a branch, a tag, or a commit id of which the first digits are enough."""
         refs = self.refs()
-        for names in (refs.branches, refs.tags, refs.pulls):
+        for names in (refs.branches, refs.tags):
             if revision in names:
                 return names[revision]
-        if hub_names.COMMIT.fullmatch(revision) and self._commit_file(revision).exists():
-            return revision
-        raise Refusal(404, f"Invalid rev id: {revision}", code="RevisionNotFound")
+        if hub_names.SHORT_COMMIT.fullmatch(revision):
+            found = list((self.path / "commits").glob(f"{revision}*.json"))
+            if len(found) == 1:
+                return found[0].stem
+        raise _unknown(revision)
 
     def commit(self, revision: str) -> Commit:
         """Read a commit with its files."""
@@ -164,25 +166,25 @@ class Repo:
         """Commit all changes at once and return the new id; a `parent` that is not the head is refused with 412."""
         with self._writing():
             refs = self.refs()
-            names = refs.pulls if branch in refs.pulls else refs.branches
-            if branch not in names:
-                raise Refusal(404, f"There is no branch {branch}", code="RevisionNotFound")
-            head = names[branch]
-            if parent is not None and parent != head:
+            if branch not in refs.branches:
+                raise _unknown(branch)
+            head = refs.branches[branch]
+            if parent is not None and not (hub_names.SHORT_COMMIT.fullmatch(parent) and head.startswith(parent)):
                 raise Refusal(412, "A commit has happened since. Please refresh and try again.")
-            files = self.commit(head).files
+            before = self.commit(head).files
+            files = dict(before)
             for change in changes:
                 self._change(files, head, change)
-            self._track(files)
+            self._track(files, {path for path, entry in files.items() if before.get(path) != entry})
             if clash := hub_trees.clashes(files):
                 raise Refusal(400, f"{clash[0]} would be a file and a folder")
             commit_id = self._save_commit(files, head, title, message)
-            names[branch] = commit_id
+            refs.branches[branch] = commit_id
             self._write("refs.json", asdict(refs))
         return commit_id
 
     def add_ref(self, kind: str, name: str, revision: str) -> None:
-        """Create a branch (`branches`), a tag (`tags`) or the ref of a pull request (`pulls`); 409 where it exists."""
+        """Create a branch (`branches`) or a tag (`tags`); 409 where it exists."""
         hub_names.check_ref(name)
         with self._writing():
             refs = asdict(self.refs())
@@ -196,9 +198,9 @@ class Repo:
         with self._writing():
             refs = asdict(self.refs())
             if name not in refs[kind]:
-                raise Refusal(404, f"Reference not found: {name}", code="RevisionNotFound")
+                raise _unknown(name)
             if (kind, name) == ("branches", "main"):
-                raise Refusal(403, "The branch main cannot be deleted")
+                raise Refusal(403, "Cannot delete refs/heads/main")
             del refs[kind][name]
             self._write("refs.json", refs)
 
@@ -210,17 +212,18 @@ class Repo:
             case Copy(path, source, revision):
                 files[path] = self.entry(revision or head, source)[1]
             case Remove(path, folder):
-                gone = [name for name in files if name.startswith(f"{path}/")] if folder else [path]
-                if not gone or gone[0] not in files:
+                below = [name for name in files if name.startswith(f"{path}/")]
+                gone = [path] if path in files and not folder else below
+                if not gone:
                     raise Refusal(404, "A file with this name doesn't exist", code="EntryNotFound", commit=head)
                 for name in gone:
                     del files[name]
 
-    def _track(self, files: dict[str, Entry]) -> None:
-        """Name in `.gitattributes` each LFS file that no pattern there names yet, as the Hub does."""
+    def _track(self, files: dict[str, Entry], changed: set[str]) -> None:
+        """Name in `.gitattributes` each LFS file of a commit that no pattern there names yet, as the Hub does."""
         known = files.get(hub_trees.GIT_ATTRIBUTES)
         attributes = self.content(known) if known else b""
-        lfs_files = [path for path, entry in files.items() if entry.lfs]
+        lfs_files = sorted(path for path in changed if files[path].lfs)
         untracked = [path for path in lfs_files if not hub_trees.is_tracked_by_lfs(path, attributes)]
         if untracked:
             lines = "".join(hub_trees.lfs_line(path) for path in untracked)
@@ -251,6 +254,10 @@ class Repo:
 
     def _write(self, name: str, value: dict[str, Any]) -> None:
         write_atomically(self.path / name, json.dumps(value, indent=1).encode())
+
+
+def _unknown(revision: str) -> Refusal:
+    return Refusal(404, f"Invalid rev id: {revision}", code="RevisionNotFound")
 
 
 def now() -> str:

@@ -2,11 +2,10 @@
 
     DIR/<namespace>/<name>/
       repo.json             private or not, when it was created
-      refs.json             branches, tags and pull requests, each a commit id
+      refs.json             branches and tags, each a commit id
       commits/<id>.json     parent, title, message, date, and every file of the commit
       objects/<sha256>      the bytes of a file, once each
       parts/                uploads that are not complete yet
-      pulls/<number>.json   pull requests
     DIR/.xet/               what was uploaded through Xet: `hub_cas` draws it
     DIR/.locks/             one lock a repository, for threads and processes alike
 
@@ -30,17 +29,23 @@ class Repos:
         (directory / ".locks").mkdir(parents=True, exist_ok=True)
 
     def get(self, repo_id: str) -> Repo:
-        """Open a repository; a missing one is refused with 404."""
-        repo = Repo(self._place(repo_id), repo_id, self._lock_file(repo_id))
+        """Open a repository, whose name may be in upper or lower case; a missing one is refused with 404."""
+        try:
+            hub_names.check_repo_id(repo_id)
+        except Refusal:
+            raise hub_names.not_found(repo_id) from None
+        known = self._known_id(repo_id)
+        repo = Repo(self.directory / known, known, self._lock_file(known))
         repo.require()
         return repo
 
     def create(self, repo_id: str, *, private: bool) -> Repo:
-        """Create a repository with an initial commit; an existing one is refused with 409."""
-        place = self._place(repo_id)
+        """Create a repository with an initial commit; an existing one, in whatever case, is refused with 409."""
+        hub_names.check_repo_id(repo_id)
+        place = self.directory / repo_id
         repo = Repo(place, repo_id, self._lock_file(repo_id))
         with repo.locked():
-            if (place / "repo.json").exists():
+            if (self.directory / self._known_id(repo_id) / "repo.json").exists():
                 raise Refusal(409, "You already created this model repo")
             place.parent.mkdir(exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self.directory, prefix=".new-") as scratch:
@@ -57,9 +62,18 @@ class Repos:
             repo.require()
             repo.path.rename(Path(scratch) / "repo")
 
-    def _place(self, repo_id: str) -> Path:
-        namespace, name = hub_names.check_repo_id(repo_id)
-        return self.directory / namespace / name
+    def _known_id(self, repo_id: str) -> str:
+        """Return the id as it was created, if it was in some case; else as it is."""
+        if (self.directory / repo_id / "repo.json").exists():
+            return repo_id
+        namespace, name = repo_id.lower().split("/")
+        for owner in self.directory.iterdir():
+            if owner.name.lower() == namespace:
+                for place in owner.iterdir():
+                    if place.name.lower() == name:
+                        return f"{owner.name}/{place.name}"
+        return repo_id
 
     def _lock_file(self, repo_id: str) -> Path:
-        return self.directory / ".locks" / repo_id.replace("/", "--")  # a name cannot hold '--'
+        """Return the lock of an id in any case; a name cannot hold '--'."""
+        return self.directory / ".locks" / repo_id.lower().replace("/", "--")

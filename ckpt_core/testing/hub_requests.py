@@ -1,6 +1,7 @@
 """Reading requests: bodies as JSON, path parameters that the client quoted, and refusals as responses."""
 
 import json
+import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar, cast
 from urllib.parse import unquote
@@ -9,7 +10,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.convertors import Convertor, register_url_convertor
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ckpt_core.testing.hub_names import Refusal
 
@@ -51,6 +52,25 @@ class RawPaths:
         await self._app(scope, receive, send)
 
 
+class RequestIds:
+    """Give each answer the id of its request, which the client shows in its errors: the one it sent, or a new one."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        sent = dict(scope.get("headers", []))
+        number = sent.get(b"x-request-id") or sent.get(b"x-amzn-trace-id") or uuid.uuid4().hex.encode()
+
+        async def named_send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", []), (b"x-request-id", number)]}
+            await send(message)
+
+        await self._app(scope, receive, named_send)
+
+
 def answering(handler: Handler) -> Callable[[Request], Awaitable[Response]]:
     """Make an endpoint of a function that takes the request and its whole body, and may block."""
 
@@ -63,7 +83,8 @@ def answering(handler: Handler) -> Callable[[Request], Awaitable[Response]]:
 def refuse(_: Request, refusal: Exception) -> Response:
     """Turn a refusal into the answer that the client understands."""
     assert isinstance(refusal, Refusal)
-    headers = {"X-Error-Message": refusal.message.encode("ascii", "replace").decode()}
+    line = " ".join(refusal.message.split())  # of several lines, or with other spaces, it would be no header
+    headers = {"X-Error-Message": "".join(each if each.isascii() and each.isprintable() else "?" for each in line)}
     if refusal.code is not None:
         headers["X-Error-Code"] = refusal.code
     if refusal.commit is not None:

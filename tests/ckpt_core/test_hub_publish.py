@@ -548,6 +548,14 @@ def test_the_default_card_says_what_was_not_evaluated(client, export):
     assert "sha256:1" in text
 
 
+def test_a_card_that_the_hub_does_not_take_is_named(client, export):
+    """Metadata that the Hub refuses ends a publication with its reasons, before main moves."""
+    with pytest.raises(HubError, match=r'does not accept the metadata of the card.*: - "license" must be one'):
+        client.publish(export, card="---\nlicense: mine\n---\n# Card\n")
+    assert client.titles() == ["initial commit"]
+    assert client.publish(export, card="---\nlicense: mit\n---\n# Card\n")["tag"] == "v1"
+
+
 def test_pictures_lie_beside_the_card(tmp_path, export):
     """They are files of the release; a name that is taken, hidden or a path is refused."""
     contents = read_contents(export, "card", {"loss.png": b"png"})

@@ -340,6 +340,129 @@ def test_refs_are_created_once_and_deleted(http):
     assert http.delete(f"{API}/branch/main").status_code == 403
 
 
+def test_an_id_without_a_namespace_is_not_found(http):
+    """No repository here has such an id: whatever is asked of one, the client learns that there is none."""
+    for path in ("", "/revision/main", "/tree/main", "/refs", "/commits/main", "/auth-check"):
+        answer = http.get(f"/api/models/gpt2{path}")
+        assert (answer.status_code, answer.headers["X-Error-Code"]) == (404, "RepoNotFound")
+    assert http.head("/gpt2/resolve/main/config.json").headers["X-Error-Code"] == "RepoNotFound"
+    assert http.post("/api/models/gpt2/preupload/main", json={}).headers["X-Error-Code"] == "RepoNotFound"
+    for path in ("/api/datasets/team/model", "/api/spaces/team/model", "/datasets/team/model/resolve/main/a"):
+        assert http.get(path).headers["X-Error-Code"] == "RepoNotFound"
+
+
+def test_what_is_not_offered_is_refused_by_name(http):
+    """An address of the Hub's that this server does not have is no missing repository where that is there."""
+    answer = http.get(f"{API}/likers")
+    assert (answer.status_code, answer.json()["error"]) == (404, f"This server does not offer GET {API}/likers")
+    assert "X-Error-Code" not in answer.headers
+    assert http.put(f"{API}/refs").status_code == 405
+    said = "This server has no pull requests and no discussions: commit to a branch"
+    for answer in (
+        http.post(f"{API}/commit/main?create_pr=1", content=lines(file_line("a.txt", b"a"))),
+        http.post(f"{API}/preupload/main?create_pr=1", json={"files": []}),
+        http.post(f"{API}/discussions", json={"title": "a", "pullRequest": True}),
+        http.get(f"{API}/discussions"),
+        http.post(f"{API}/discussions/1/merge"),
+    ):
+        assert (answer.status_code, answer.json()["error"].startswith(said)) == (400, True)
+    assert len(http.get(f"{API}/commits/main").json()) == 1
+    assert http.post(f"{API}/branch/refs%2Fpr%2F1", json={}).status_code == 400
+
+
+def test_an_id_in_another_case_is_the_same_repository(http, server):
+    """A repository is found in any case, answers with its own name, and keeps others of that name out."""
+    http.post("/api/repos/create", json={"name": "CaSe", "organization": "Team"}).raise_for_status()
+    again = http.post("/api/repos/create", json={"name": "case", "organization": "TEAM"})
+    assert (again.status_code, again.json()["id"]) == (409, "Team/CaSe")
+    assert http.get("/api/models/team/case").json()["id"] == "Team/CaSe"
+    done = http.post("/api/models/team/CASE/commit/main", content=lines(file_line("a.txt", b"a")))
+    assert done.json()["commitUrl"].startswith(f"{server.endpoint}/Team/CaSe/commit/")
+    assert http.get("/TEAM/case/resolve/main/a.txt").content == b"a"
+    assert http.get(API).json()["id"] == REPO
+    http.request("DELETE", "/api/repos/delete", json={"name": "case", "organization": "team"}).raise_for_status()
+    assert http.get("/api/models/Team/CaSe").status_code == 404
+
+
+def test_the_first_digits_of_a_commit_are_enough(http):
+    """Five or more digits name a commit wherever a revision is read; too few or wrong ones are no revision."""
+    first = commit(http, file_line("a.txt", b"a"))
+    second = commit(http, file_line("b.txt", b"b"), parent=first[:7])
+    assert http.get(f"{API}/revision/{first[:5]}").json()["sha"] == first
+    assert http.get(f"/{REPO}/resolve/{second[:7]}/b.txt").headers["X-Repo-Commit"] == second
+    http.post(f"{API}/tag/{first[:7]}", json={"tag": "v1"}).raise_for_status()
+    assert http.get(f"{API}/refs").json()["tags"][0]["targetCommit"] == first
+    for wrong in (first[:4], "00000", first[:7].upper()):
+        assert http.get(f"{API}/revision/{wrong}").headers["X-Error-Code"] == "RevisionNotFound"
+    with pytest.raises(httpx2.HTTPStatusError, match="412"):
+        commit(http, file_line("c.txt", b"c"), parent=first[:7])
+
+
+@pytest.mark.parametrize(
+    ("operation", "left"),
+    [
+        ({"key": "deletedFile", "value": {"path": "d"}}, ["a.txt"]),
+        ({"key": "deletedFile", "value": {"path": "d/"}}, ["a.txt"]),
+        ({"key": "deletedFolder", "value": {"path": "d/"}}, ["a.txt"]),
+        ({"key": "deletedFile", "value": {"path": "d/e"}}, ["a.txt", "d/b.txt"]),
+    ],
+)
+def test_a_folder_is_deleted_as_a_file_is(http, operation, left):
+    """What is deleted may be a folder, with or without a slash at its end; all below it goes."""
+    commit(http, *(file_line(path, b"1") for path in ("a.txt", "d/b.txt", "d/e/c.txt")))
+    commit(http, operation)
+    files = [item["path"] for item in http.get(f"{API}/tree/main?recursive=1").json() if item["type"] == "file"]
+    assert files == [".gitattributes", *left]
+
+
+def test_a_deleted_gitattributes_stays_away(http, server):
+    """It comes back with the next large file, and not before."""
+    content = b"\0" * 10
+    Repos(server.directory).get(REPO).object_file(hashlib.sha256(content).hexdigest()).write_bytes(content)
+    large = {"algo": "sha256", "oid": hashlib.sha256(content).hexdigest(), "size": len(content)}
+    commit(http, {"key": "lfsFile", "value": {"path": "large", **large}})
+    commit(http, {"key": "deletedFile", "value": {"path": ".gitattributes"}})
+    assert [item["path"] for item in http.get(f"{API}/tree/main").json()] == ["large"]
+    commit(http, file_line("a.txt", b"a"))
+    assert [item["path"] for item in http.get(f"{API}/tree/main").json()] == ["a.txt", "large"]
+    commit(http, {"key": "lfsFile", "value": {"path": "again", **large}})
+    assert http.get(f"/{REPO}/resolve/main/.gitattributes").text.startswith("again filter=lfs")
+
+
+def test_commits_can_be_listed_as_html(http):
+    """Where the client asks for it, titles and texts come as HTML too, escaped."""
+    header = {"key": "header", "value": {"summary": "<b> & more", "description": "1 < 2"}}
+    body = b"".join(json.dumps(line).encode() + b"\n" for line in (header, file_line("a.txt", b"a")))
+    http.post(f"{API}/commit/main", content=body).raise_for_status()
+    newest = http.get(f"{API}/commits/main", params={"expand[]": "formatted"}).json()[0]
+    assert newest["formatted"] == {"title": "&lt;b&gt; &amp; more", "message": "1 &lt; 2"}
+    assert newest["title"] == "<b> & more"
+    assert "formatted" not in http.get(f"{API}/commits/main").json()[0]
+
+
+def test_each_answer_has_the_id_of_its_request(http):
+    """The client shows it in its errors: the id that it sent, or one that the server makes."""
+    for path in (API, f"{API}/revision/none", "/nothing"):
+        assert http.get(path, headers={"X-Amzn-Trace-Id": "mine"}).headers["X-Request-Id"] == "mine"
+    ids = {http.get(API).headers["X-Request-Id"] for _ in range(2)}
+    assert len(ids) == 2
+
+
+def test_a_card_that_the_hub_would_not_take_is_refused(http):
+    """Both when it is asked, which the client does first, and when it is committed, which then does nothing."""
+    card = b"---\nlicense: asdf\nmodel-index: foo\n---\ntext"
+    asked = http.post("/api/validate-yaml", json={"content": card.decode()})
+    problems = [each["message"] for each in asked.json()["errors"]]
+    assert asked.status_code == 400
+    assert problems[0].startswith('"license" must be one of [')
+    assert problems[1:] == ['"model-index" must be an array']
+    answer = http.post(f"{API}/commit/main", content=lines(file_line("README.md", card)))
+    assert answer.status_code == 400
+    assert answer.json()["error"].startswith('Invalid metadata in README.md.\n- "license" must be one of')
+    assert len(http.get(f"{API}/commits/main").json()) == 1
+    commit(http, file_line("docs/README.md", card))  # only the card at the top is one
+
+
 def test_broken_yaml_in_a_card_is_refused(http):
     """The YAML at the top of a card is checked before anything is uploaded."""
     good = http.post("/api/validate-yaml", json={"content": "---\na: 1\n---\n", "repoType": "model"})
