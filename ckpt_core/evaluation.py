@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import random
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -82,7 +85,8 @@ def evaluate(
     """Evaluate a causal language model. Equal models, data and settings give equal figures.
 
     Args:
-        model: a transformers model's directory, or a live one, which stays on its device and in its mode.
+        model: a transformers model's directory, or a live one, which stays on its device and each module of
+            it in its mode, whatever happens. The random number generators stay as they are, too.
         data: token rows [sequences, length], as an array, a `.npy` file or a directory with `tokens.npy`; or text:
             a file, a directory or a glob, where each row of a `.jsonl` file is a text.
         device: where to put the model of a directory: `cpu`, `cuda`, ...; `auto` is CUDA where there is one.
@@ -102,12 +106,13 @@ def evaluate(
         raise ArgumentError(f"batch_size {batch_size}: expected 1 or more")
     heldout = read_rows(data)
     texts = load_texts(cast("str | PathLike[str]", data), text_field) if heldout is None else []
-    live = _open(model, device, trust_remote_code=trust_remote_code)
-    if heldout is None:
-        tokenizer = tokenizer or _tokenizer_of(model, trust_remote_code=trust_remote_code)
-        heldout = pack_texts(texts, tokenizer, sequence_length or _window(live))
-    _check_fit(live, heldout)
-    nats, hits = _score(live, heldout, batch_size)
+    with _kept_generators():
+        live = _open(model, device, trust_remote_code=trust_remote_code)
+        if heldout is None:
+            tokenizer = tokenizer or _tokenizer_of(model, trust_remote_code=trust_remote_code)
+            heldout = pack_texts(texts, tokenizer, sequence_length or _window(live))
+        _check_fit(live, heldout)
+        nats, hits = _score(live, heldout, batch_size)
     loss = nats / heldout.predicted
     return Evaluation(
         heldout_loss=loss,
@@ -215,18 +220,43 @@ def _score(model: Any, heldout: Heldout, batch_size: int) -> tuple[float, int]:
     import numpy as np
     import torch
 
-    nats, hits, was_training, device = 0.0, 0, model.training, next(model.parameters()).device
+    nats, hits, device = 0.0, 0, next(model.parameters()).device
+    with _eval_mode(model), torch.no_grad():
+        for block in heldout.blocks:
+            for first in range(0, len(block), batch_size):
+                rows = torch.as_tensor(block[first : first + batch_size].astype(np.int64), device=device)
+                batch_nats, batch_hits = _score_rows(model, rows)
+                nats, hits = nats + batch_nats, hits + batch_hits
+    return nats, hits
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Generator[None]:
+    """Put a model into eval mode for a while; then each of its modules is in the mode that it had."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad():
-            for block in heldout.blocks:
-                for first in range(0, len(block), batch_size):
-                    rows = torch.as_tensor(block[first : first + batch_size].astype(np.int64), device=device)
-                    batch_nats, batch_hits = _score_rows(model, rows)
-                    nats, hits = nats + batch_nats, hits + batch_hits
+        yield
     finally:
-        model.train(was_training)
-    return nats, hits
+        for module, training in modes:  # one by one: `train` gives one mode to all, and a frozen part has its own
+            module.training = training
+
+
+@contextmanager
+def _kept_generators() -> Generator[None]:
+    """Leave the random number generators as they are: of torch on all devices, numpy and Python."""
+    import numpy as np
+    import torch
+
+    fork_rng: Any = torch.random.fork_rng  # half typed
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    try:
+        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+        with fork_rng(devices):
+            yield
+    finally:
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
 
 
 def _score_rows(model: Any, rows: Tensor) -> tuple[float, int]:

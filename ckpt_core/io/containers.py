@@ -62,6 +62,8 @@ _CONVERTED: dict[type, tuple[str, Callable[[Any], Any], Callable[[Any], Any]]] =
 }
 """Types that weights-only loading refuses: their names, and the ways to a plain value and back."""
 
+_RESTORED = {name: restored for name, _, restored in _CONVERTED.values()}
+
 _NUMBERS = {kind.__name__: kind for kind in (
     np.bool_, np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64, np.float16, np.float32,
     np.float64, np.complex64, np.complex128,
@@ -339,12 +341,13 @@ def _unpacked(kind: Kind, value: Any) -> Any:
         return _NUMBERS[details[0]](value)
     if name == "ndarray":
         return value.cpu().numpy()
-    restore = next(back for known, _, back in _CONVERTED.values() if known == name)
-    return restore(value)
+    return _RESTORED[name](value)
 
 
 def _unpacked_sequence(name: str, kinds: list[Kind], value: Any) -> list[Any] | tuple[Any, ...]:
-    stored = [] if value is _MISSING else list(value)
+    if not isinstance(value, (list, tuple)) and value is not _MISSING:
+        raise TypeError("no sequence")
+    stored: list[Any] = [] if value is _MISSING else list(value)
     # What is empty has no name in the checkpoint, so a list that ends with it comes shorter.
     stored += [_MISSING] * (len(kinds) - len(stored))
     entries = [
@@ -368,7 +371,6 @@ def _unpacked_dict(name: str, details: list[Any], value: Any) -> dict[Any, Any]:
     if len(stored.keys() - {str(key) for key, _ in kinds}):
         raise ValueError("more is stored than recorded")
     if name == "defaultdict":
-        factory = next(made for made, known in _FACTORIES.items() if known == details[1])
-        return defaultdict(factory, pairs)
+        return defaultdict({known: made for made, known in _FACTORIES.items()}[details[1]], pairs)
     made: dict[Any, Any] = {"dict": dict, "OrderedDict": OrderedDict, "Counter": Counter}[name](dict(pairs))
     return made

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import random
 
 import numpy as np
 import pytest
@@ -127,6 +128,42 @@ def test_a_live_model_stays_as_it_was():
     assert model.training
     assert training == evaluate(model.eval(), ROWS)
     assert not model.training
+
+
+class Breaks(GPT2LMHeadModel):
+    """A model that draws random numbers, and fails at last."""
+
+    draws = 0
+
+    def forward(self, *args, **kwargs):
+        """Return the logits, the first time."""
+        self.draws += 1
+        torch.rand(1), np.random.rand(), random.random()
+        if self.draws > 1:
+            raise RuntimeError("broken")
+        return super().forward(*args, **kwargs)
+
+
+def test_each_part_of_a_model_keeps_its_mode_and_the_generators_their_state():
+    """Parts that are frozen in eval mode stay so, and the rest in training, after an error too."""
+    model = Breaks(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=40, n_positions=9)).train()
+    model.transformer.h[0].eval()
+    model.transformer.wte.eval()
+    modes = [module.training for module in model.modules()]
+    assert len(set(modes)) == 2
+
+    def generators():
+        return torch.get_rng_state().tolist(), np.random.get_state()[1:3], random.getstate()
+
+    before = repr(generators())
+    evaluate(model, ROWS)
+    assert [module.training for module in model.modules()] == modes
+    assert repr(generators()) == before
+    with pytest.raises(RuntimeError, match="broken"):
+        evaluate(model, ROWS)
+    assert [module.training for module in model.modules()] == modes
+    assert repr(generators()) == before
+    assert torch.is_grad_enabled()
 
 
 def test_a_model_that_diverged_has_no_finite_figure():
