@@ -248,7 +248,7 @@ def _kept_generators() -> Generator[None]:
     import numpy as np
     import torch
 
-    fork_rng: Any = torch.random.fork_rng  # half typed
+    fork_rng: Any = cast("Any", torch.random).fork_rng  # half typed
     numpy_state, python_state = np.random.get_state(), random.getstate()
     try:
         devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()

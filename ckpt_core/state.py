@@ -95,11 +95,19 @@ class OptimizerState(Stateful):
         model: the module whose parameters the optimizer updates; without one, their numbers are their names.
         optimizer: the optimizer. One that has not stepped yet is left so.
         scheduler: anything with `state_dict` and `load_state_dict`, such as a learning-rate scheduler.
+
+    Raises:
+        ArgumentError (a ValueError): the model is sharded by FSDP1.
     """
 
     def __init__(
         self, model: torch.nn.Module | None, optimizer: torch.optim.Optimizer, scheduler: Any | None = None
     ) -> None:
+        if model is not None and _is_fsdp1(model):
+            raise ArgumentError(
+                "optimizer: its parameters are sharded by FSDP1 (FullyShardedDataParallel), whose optimizer state "
+                "cannot be saved or restored here; shard the module by fully_shard (FSDP2), or leave the optimizer out."
+            )
         self.model = model
         self.optimizer = optimizer
         self.scheduler = scheduler
@@ -187,18 +195,12 @@ class OptimizerState(Stateful):
         """Return the names of the parameters in each of the optimizer's groups.
 
         Raises:
-            ArgumentError (a ValueError): the model is sharded by FSDP1.
             MismatchError (a ValueError): a parameter is not the module's.
         """
         groups: list[list[torch.Tensor]] = [group["params"] for group in self.optimizer.param_groups]
         if self.model is None:
             numbers = iter(range(sum(map(len, groups))))
             return [[str(next(numbers)) for _ in group] for group in groups]
-        if _is_fsdp1(self.model):
-            raise ArgumentError(
-                "optimizer: its parameters are sharded by FSDP1 (FullyShardedDataParallel), whose optimizer state "
-                "cannot be saved or restored here; shard the module by fully_shard (FSDP2), or leave the optimizer out."
-            )
         model = self.model
         names = {id(parameter): _plain_name(model, key) for key, parameter in model.named_parameters()}
         try:
@@ -394,7 +396,7 @@ def _initial_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         getattr(inner, "optimizer", None), torch.optim.Optimizer
     ):
         inner = inner.optimizer  # a wrapper, as Accelerate's
-    if not type(inner).__module__.startswith("torch.optim.") or not hasattr(inner, "_init_group"):
+    if type(inner).__module__.split(".")[:2] != ["torch", "optim"] or not hasattr(inner, "_init_group"):
         return optimizer.state_dict()
     blank: Any = object.__new__(type(inner))
     blank.__dict__.update(inner.__dict__)
