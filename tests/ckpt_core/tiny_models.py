@@ -56,8 +56,27 @@ _LIMITS: list[tuple[int, re.Pattern[str], int]] = [
 ]  # fmt: skip
 """The largest value of the fields of each kind, and the weakest of the three strengths that cuts them down to it."""
 
-_DERIVED = ((), ("layer_types",), ("layer_types", "head_dim"), ("rope_parameters",))
+_DERIVED: tuple[tuple[str, ...], ...] = (
+    (), ("layer_types",), ("layer_types", "head_dim"), ("rope_parameters",), ("layer_types", "per_layer_config"),
+    ("out_features", "out_indices", "_out_features", "_out_indices", "stage_names"),
+)  # fmt: skip
 """Fields that a config computes from others: left out, they fit the smaller ones."""
+
+_UNSET = {"head_dim": 8, "num_key_value_heads": 2, "prediction_length": 4, "vocab_size": 160, "decoder_hidden_size": 32}
+"""Fields that some classes need, and that their default configs leave at None."""
+
+_FIELDS: dict[str, dict[str, Any]] = {
+    "bamba": {"mamba_n_heads": 8},
+    "falcon_h1": {"mamba_n_heads": 8, "mamba_d_ssm": 64},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"mamba_n_heads": 8},
+    "mamba2": {"num_heads": 8},
+    "perceiver": {
+        "num_latents": 8, "d_latents": 32, "d_model": 32, "num_self_attends_per_block": 1, "qk_channels": 32,
+        "v_channels": 32, "num_self_attention_heads": 2, "num_cross_attention_heads": 2,
+    },
+}  # fmt: skip
+"""By model type, fields whose sizes depend on each other in a way of their own."""
 
 
 def packages() -> list[str]:
@@ -114,12 +133,13 @@ def _configs(cls: Any) -> Iterator[PreTrainedConfig | str]:
     for name in ("transformers_version", "model_type", "architectures", "dtype", "_name_or_path"):
         fields.pop(name, None)
     for strength in (1, 2, 3):
-        cut = _cut(fields, strength)
-        for names in _DERIVED:
+        cut = {**_cut(fields, strength), **_FIELDS.get(cls.model_type, {})}
+        unset = {name: value for name, value in _UNSET.items() if fields.get(name) is None}
+        for candidate in (*(_without(cut, names) for names in _DERIVED), {**_without(cut, ()), **unset}):
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    yield cls(**_without(cut, names))
+                    yield cls(**candidate)
             except Exception as error:  # noqa: BLE001 - as above
                 yield f"{type(error).__name__}: {str(error)[:120]}"
     yield whole
