@@ -152,7 +152,7 @@ def convert_dcp_to_hf(
     target = writable_place(hf_ckpt_path, "hf_ckpt_path")
     source = place_of(dcp_ckpt_path, "dcp_ckpt_path")
     model = name_or_path(model_name_or_path, "model_name_or_path")
-    tokenizer = name_or_path(tokenizer_name_or_path or model, "tokenizer_name_or_path")
+    tokenizer = name_or_path(tokenizer_name_or_path, "tokenizer_name_or_path") if tokenizer_name_or_path else None
     check_free(target, overwrite=overwrite)
     directory = find_dcp(source)
     assets = fetch_assets(model, tokenizer)

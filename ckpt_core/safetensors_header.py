@@ -27,7 +27,7 @@ _MAX = 1 << 62
 _SHARDING_KEY = "DCP_SHARDING_INFO"
 _LENGTH = struct.Struct("<Q")
 
-_DTYPES = {code: name for name, code in dtypes.SAFETENSORS.items()} | {"F8_E8M0": "float8_e8m0fnu"}
+_DTYPES = {code: name for name, code in dtypes.SAFETENSORS.items()}
 _BITS = {code: 8 * dtypes.ITEMSIZE[name] for code, name in _DTYPES.items()} | {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 
 

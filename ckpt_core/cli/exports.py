@@ -102,7 +102,8 @@ def _convert(options: argparse.Namespace) -> Answer:
             export = convert(directory, target, assets=assets, **settings)
     facts: dict[str, Any] = {"path": str(export.path), "architecture": export.architecture, "files": export.files}
     facts |= {"rules": export.rules, **bar.seconds()}
-    return Answer(facts, [f"{export.path}: {export.architecture}, {export.nbytes:,} bytes, from {directory}"])
+    said = f"{export.path}: {export.architecture}, {export.nbytes:,} bytes, from {directory}"
+    return Answer(facts, [said, *(f"  rule: {rule}" for rule in export.rules)])
 
 
 def _assets(options: argparse.Namespace, own: Place | None, source: Place) -> Assets:

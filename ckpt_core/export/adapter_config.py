@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
-from ckpt_core.durable import file_size, files_below
+from ckpt_core.durable import file_size
 from ckpt_core.errors import DamagedError, MismatchError, NotACheckpointError
-from ckpt_core.export.assets import Assets, read_assets
-from ckpt_core.export.carried import CONFIG_NAME, EXPORT_NAME, PLAIN_SUFFIXES
+from ckpt_core.export.assets import Assets, read_assets, read_files
+from ckpt_core.export.carried import CONFIG_NAME, EXPORT_NAME
 
 if TYPE_CHECKING:
     from ckpt_core.urls import Place
@@ -167,8 +167,8 @@ def _read(directory: Place) -> Assets:
         raise NotACheckpointError(
             f"{directory}: no such directory; an adapter's other files are taken from local ones."
         )
-    found = ((name, file) for name, file in files_below(directory) if "/" not in name and name.endswith(PLAIN_SUFFIXES))
-    return Assets({}, {name: file.read_bytes() for name, file in found if name not in _NOT_CARRIED})
+    found = read_files(directory)
+    return replace(found, files={name: data for name, data in found.files.items() if name not in _NOT_CARRIED})
 
 
 def adapter_config(assets: Assets, where: str, *, merge: bool) -> AdapterConfig:

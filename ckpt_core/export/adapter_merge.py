@@ -12,7 +12,7 @@ from ckpt_core.export.adapter import Adapter, Part
 from ckpt_core.export.architecture import Architecture, choose_class
 from ckpt_core.export.lora import Update
 from ckpt_core.export.names import Table
-from ckpt_core.export.plan import Output, Plan, Tie, make_plan
+from ckpt_core.export.plan import Output, Plan, Tie, TrimRule, make_plan
 from ckpt_core.export.weight_conversions import DEFAULT_FORM
 from ckpt_core.format.index import Index, TensorEntry
 
@@ -29,6 +29,7 @@ def plan_merged(
     max_shard_bytes: int,
     table: Table,
     where: str,
+    trim: TrimRule,
 ) -> Plan:
     """Plan the model with the adapter's updates added to its weights, as `merge_and_unload` leaves it.
 
@@ -40,8 +41,10 @@ def plan_merged(
         max_shard_bytes: largest size of one file's tensors.
         table: what the user says of the checkpoint's names.
         where: the checkpoint, for errors.
+        trim: whether a table of tokens may lose rows.
 
     Raises:
+        MoreRowsError: a table of tokens has more rows than the config says, and may lose none.
         MismatchError: the checkpoint does not fit the configs, or the adapter is of a kind that is not merged.
     """
     targets = _targets(adapter, where)
@@ -58,7 +61,9 @@ def plan_merged(
         config = {name: value for name, value in config.items() if name != "architectures"}  # of the model around it
 
     def match(architecture: Architecture) -> tuple[int, tuple[Architecture, Plan]]:
-        plan = make_plan(base, architecture, dtype=dtype, max_shard_bytes=max_shard_bytes, table=table, where=where)
+        plan = make_plan(
+            base, architecture, dtype=dtype, max_shard_bytes=max_shard_bytes, table=table, where=where, trim=trim
+        )
         return len(plan.prefix), (architecture, plan)
 
     architecture, plan = choose_class(config, match, dtype, (DEFAULT_FORM,), where)

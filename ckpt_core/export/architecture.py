@@ -5,19 +5,24 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
+import json
 import pkgutil
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from ckpt_core.errors import MismatchError
+from ckpt_core.export.foreign import foreign_errors
 from ckpt_core.export.recipe import Recipe, copy_of
 from ckpt_core.export.weight_conversions import DEFAULT_FORM, FileForm
 from ckpt_core.format import dtypes
 from ckpt_core.format.index import Shape
+
+_MATRIX_AXES = 2
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,15 @@ class Architecture:
 
     turned: frozenset[str] = frozenset()
     """Modules of GPT-2's kind of linear layer: their weights have the shape (inputs, outputs)."""
+
+    order: tuple[str, ...] = ()
+    """The names of the export that the model's parameters become, in the order of the parameters; no buffers."""
+
+    tokens: int | None = None
+    """How many token ids the model has rows for; None for a model without a table of tokens."""
+
+    config: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """The config as `save_pretrained` writes it, but for the class's name and the type of the weights."""
 
     def as_stored(self) -> Architecture:
         """Return the same model seen from the names of its export: some frameworks save under those."""
@@ -88,7 +102,10 @@ def find_architecture(
     Raises:
         MismatchError: the config is none that transformers knows.
     """
-    return _describe(named_class(str(config["architectures"][0])), config, dtype, form)
+    [name] = class_names(config)
+    cls = named_class(name)
+    with foreign_errors(f"{cls.__name__}: cannot be built from its config", "check config.json"):
+        return _describe(cls, load_config(config, cls), dtype, form)
 
 
 T = TypeVar("T")
@@ -152,17 +169,47 @@ def class_names(config: Mapping[str, Any]) -> list[str]:
     Raises:
         MismatchError: the config is none that transformers knows.
     """
-    named: Any = config.get("architectures")
+    named = named_architecture(config)
     if named:
-        return [str(named[0] if isinstance(named, list) else named)]
-    kind = type(_config(config))
-    package = importlib.import_module(kind.__module__.rpartition(".")[0])
+        return [named]
+    kind = type(load_config(config))
     found: set[str] = set()
-    for module in pkgutil.iter_modules(package.__path__):
-        if module.name.startswith("modeling_"):
-            members = vars(importlib.import_module(f"{package.__name__}.{module.name}")).values()
-            found |= {cls.__name__ for cls in members if getattr(cls, "config_class", None) is kind}
+    with foreign_errors(f"config of {config.get('model_type')!r}", 'add "architectures" to config.json'):
+        package = importlib.import_module(kind.__module__.rpartition(".")[0])
+        for module in pkgutil.iter_modules(package.__path__):
+            if module.name.startswith("modeling_"):
+                members = vars(importlib.import_module(f"{package.__name__}.{module.name}")).values()
+                found |= {cls.__name__ for cls in members if getattr(cls, "config_class", None) is kind}
     return sorted(name for name in found & {*dir(package)} if not name.lower().endswith("pretrainedmodel"))
+
+
+def named_architecture(config: Mapping[str, Any]) -> str | None:
+    """Return the name of the class that a config names first; None if it names none.
+
+    Raises:
+        MismatchError: `architectures` is no list of names.
+    """
+    named: Any = config.get("architectures")
+    if not named:
+        return None
+    if isinstance(named, str):  # some tools write the name alone
+        return named
+    if not isinstance(named, list) or not isinstance(named[0], str):
+        raise MismatchError(f"config: architectures is {str(named)[:100]}, expected a list of names of classes.")
+    return named[0]
+
+
+def is_known(config: Mapping[str, Any]) -> bool:
+    """Return whether transformers itself has the classes that a config means, so that no other code is needed."""
+    import transformers
+
+    kind, name = config.get("model_type"), named_architecture(config)
+    try:
+        cls = named_class(name) if name else None
+    except MismatchError:
+        return False
+    own = getattr(getattr(cls, "config_class", None), "model_type", None)
+    return kind in transformers.CONFIG_MAPPING or (own is not None and own == kind)
 
 
 def named_class(name: str) -> Any:
@@ -174,8 +221,10 @@ def named_class(name: str) -> Any:
     import transformers
 
     for each in (name, name.removeprefix("FSDP")):
-        cls = getattr(transformers, each, None)
-        if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
+        with foreign_errors(f"architecture {name!r}", "install what it needs, or the version that has it"):
+            cls = getattr(transformers, each, None) if each.isidentifier() else None
+        is_model = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
+        if is_model and getattr(cls, "config_class", None) is not None:  # without one it is a base of all models
             return cls
     raise MismatchError(
         f"architecture {name!r}: transformers {transformers.__version__} has no such model; check the config, or "
@@ -183,58 +232,65 @@ def named_class(name: str) -> Any:
     )
 
 
-def _config(config: Mapping[str, Any], cls: Any = None) -> Any:
-    """Return a config as its class, which `cls`, a model's, knows where transformers' list does not."""
-    from transformers import CONFIG_MAPPING
+def load_config(config: Mapping[str, Any], cls: Any = None) -> Any:
+    """Return a config as an object of its class, which `cls`, a model's, knows where transformers' list does not.
 
-    kind = str(config["model_type"])
+    Raises:
+        MismatchError: transformers does not know it, or does not take its values.
+    """
+    import transformers
+
+    kind = str(config.get("model_type"))
     own = getattr(cls, "config_class", None)
-    try:
-        own_kind = kind not in CONFIG_MAPPING and kind == getattr(own, "model_type", None)
-        known: Any = own if own_kind else CONFIG_MAPPING[kind]
-        return known.from_dict(known._decode_special_floats(dict(config)))  # a copy: some classes change what they get
-    except KeyError:
-        import transformers
-
+    own_kind = kind not in transformers.CONFIG_MAPPING and kind == getattr(own, "model_type", None)
+    if not own_kind and kind not in transformers.CONFIG_MAPPING:
         raise MismatchError(
-            f"config of {kind!r}: transformers {transformers.__version__} has no such model; check config.json."
-        ) from None
-    except Exception as error:  # noqa: BLE001 - each config class has checks and errors of its own
-        raise MismatchError(f"config of {config.get('model_type')!r}: {error}; check config.json.") from None
+            f"config of {kind!r}: transformers {transformers.__version__} has no such model; check config.json, or "
+            "install the version that has it."
+        )
+    with foreign_errors(f"config of {kind!r}", "check config.json"):
+        known: Any = own if own_kind else transformers.CONFIG_MAPPING[kind]
+        # A copy: some classes change what they get. transformers writes NaN and Infinity in a form of its own.
+        return known.from_dict(known._decode_special_floats(copy.deepcopy(dict(config))))
 
 
-def _describe(cls: Any, config: Mapping[str, Any], dtype: str | None, form: FileForm) -> Architecture:
+def _describe(cls: Any, config: Any, dtype: str | None, form: FileForm) -> Architecture:
     import torch
     from transformers.modeling_utils import local_torch_dtype
     from transformers.pytorch_utils import Conv1D
 
-    built, made_in = _config(config, cls), getattr(torch, dtype or "float32")
-    for part in (built, *(getattr(built, name, None) for name in built.sub_configs)):
+    made_in = getattr(torch, dtype or "float32")
+    written = config.to_json_string()
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         if part is not None:
             part.dtype = made_in
-    try:
-        with local_torch_dtype(made_in, cls.__name__), torch.device("meta"):
-            model = cls(built)
-    except Exception as error:  # noqa: BLE001 - each model class has checks and errors of its own
-        raise MismatchError(f"{cls.__name__}: cannot be built from its config ({error}); check config.json.") from None
+    with local_torch_dtype(made_in, cls.__name__), torch.device("meta"):
+        model = cls(config)
+    if dtype:  # building it hands the type on to configs within configs, as loading it in that type would
+        written = model.config.to_json_string()
     state = model.state_dict()
     unsaved = frozenset(model._keys_to_ignore_on_save or ()) & set(state)
-    trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
     ties = {
         target: source
         for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items()
         if target in state
     }
+    recipes = _recipes(model, {n: t for n, t in state.items() if n not in ties and n not in unsaved}, form)
     return Architecture(
         name=cls.__name__,
         shapes={name: tuple(tensor.shape) for name, tensor in state.items()},
         ties=ties,
-        recipes=_recipes(model, {n: tensor for n, tensor in state.items() if n not in ties and n not in unsaved}, form),
+        recipes=recipes,
         padded=_padded(model),
         unsaved=unsaved,
         untrained=frozenset(state.keys() - trained),
         dtypes=_dtypes(model, state, made_in),
         turned=frozenset(name for name, module in model.named_modules() if isinstance(module, Conv1D)),
+        order=_order([name for name in state if name in parameters], recipes),
+        tokens=_tokens(model),
+        config=json.loads(written),
     )
 
 
@@ -251,6 +307,15 @@ def _recipes(model: Any, state: Mapping[str, Any], form: FileForm) -> dict[str, 
     return trace_export(model, state)
 
 
+def _order(parameters: Iterable[str], recipes: Mapping[str, Recipe]) -> tuple[str, ...]:
+    """Return the names of an export in the order of the parameters that they are made of."""
+    users: dict[str, list[str]] = {}
+    for name, recipe in recipes.items():
+        for source in recipe.sources:
+            users.setdefault(source, []).append(name)
+    return tuple(dict.fromkeys(name for parameter in parameters for name in users.get(parameter, ())))
+
+
 def _dtypes(model: Any, state: Mapping[str, Any], made_in: Any) -> dict[str, str]:
     """Return the type of each tensor after loading: what the model was made with, or what transformers plans.
 
@@ -263,10 +328,32 @@ def _dtypes(model: Any, state: Mapping[str, Any], made_in: Any) -> dict[str, str
 
 def _padded(model: Any) -> frozenset[str]:
     """Return the names of the embeddings of tokens, and of what predicts tokens."""
-    owned: set[int] = set()
+    owned = {id(parameter) for table in _tables(model) for parameter in _parameters(table)}
+    return frozenset(name for name, tensor in model.named_parameters(remove_duplicate=False) if id(tensor) in owned)
+
+
+def _tables(model: Any) -> list[Any]:
+    """Return what embeds tokens and what predicts them, as the model says: modules, or tensors in Perceiver."""
+    found: list[Any] = []
     for find in (model.get_input_embeddings, model.get_output_embeddings):
         with suppress(NotImplementedError):  # a model of something else than text
-            found = find()  # a module, or, in Perceiver, a parameter
-            parameters = found.parameters() if hasattr(found, "parameters") else [found]
-            owned |= {id(parameter) for parameter in parameters}
-    return frozenset(name for name, tensor in model.named_parameters(remove_duplicate=False) if id(tensor) in owned)
+            found += [table] if (table := find()) is not None else []
+    return found
+
+
+def _parameters(table: Any) -> list[Any]:
+    return list(table.parameters()) if hasattr(table, "parameters") else [table]
+
+
+def _tokens(model: Any) -> int | None:
+    """Return the number of token ids that have a row in the larger of the two tables.
+
+    What is no `Embedding`, such as a vision model's convolution, is no table of tokens. Some embeddings have a second
+    table for the ids after the first one's.
+    """
+    import torch
+
+    tables = _tables(model)
+    if not tables or not isinstance(tables[0], torch.nn.Embedding):
+        return None
+    return max(sum(p.shape[0] for p in _parameters(table) if p.dim() == _MATRIX_AXES) for table in tables)

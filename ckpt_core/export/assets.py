@@ -1,4 +1,4 @@
-"""What an export needs beside weights: the model's configs and the tokenizer's files."""
+"""What an export needs beside weights: the model's config, and the files of its tokenizer and processors."""
 
 # transformers is only partly annotated.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -8,22 +8,47 @@ from __future__ import annotations
 import copy
 import json
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ckpt_core import durable
-from ckpt_core.errors import DamagedError, MismatchError, NotACheckpointError, UntrustedError
-from ckpt_core.export.carried import CONFIG_NAME, choose
+from ckpt_core.errors import CkptError, DamagedError, MismatchError, NotACheckpointError, UntrustedError
+from ckpt_core.export.architecture import is_known
+from ckpt_core.export.carried import CONFIG_NAME, MODULES_NAME, choose, module_directories
+from ckpt_core.export.foreign import foreign_errors
+from ckpt_core.export.repository import download
+from ckpt_core.export.vocabulary import (
+    GENERATION_CONFIG_NAME,
+    TOKENIZER_CONFIG_NAME,
+    TOKENIZER_NAME,
+    TokenizerFile,
+    count_tokens,
+    read_tokenizer,
+)
+from ckpt_core.urls import is_url, place_of
 
 if TYPE_CHECKING:
     from ckpt_core.urls import Place
 
-_PART = re.compile(r".+/.+|.*processor_config\.json|modules\.json|.*sentence_.*\.json")
-"""Files of a model that are neither its config nor its tokenizer's, nor tell of it as it was."""
+_TOKENIZER = re.compile(
+    r"tokeniz.*|.*\.(model|model\.v[0-9a-z]+|spm|tiktoken|vocab|bpe|codes|dict)|(.*[-_])?vocab.*|tekken.*|merges.*"
+    r"|special_tokens_map\.json|added_tokens\.json|chat_template.*|additional_chat_templates/.*|(emoji|normalizer)\.json"
+    r"|dict\..*txt"
+)
+"""The files of a tokenizer, whatever wrote it."""
+
+_PROCESSOR = re.compile(r"(.*_)?(pre)?processor_config\.json")
+_NEEDED = re.compile(rf"{_TOKENIZER.pattern}|{_PROCESSOR.pattern}|{GENERATION_CONFIG_NAME}|(.*/)?config.*\.json")
+"""JSON files without which a model or its tokenizer does not load."""
+
+_OF_A_MODEL = re.compile(rf"{GENERATION_CONFIG_NAME}|{MODULES_NAME}|(readme|licen[cs]e|notice).*", re.IGNORECASE)
+"""Files beside a tokenizer that are of the model there."""
+
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_MAX_BYTES = 1 << 30
+"""Of one file: it is read into memory."""
 
 
 @dataclass(frozen=True)
@@ -33,97 +58,183 @@ class Assets:
     config: Mapping[str, Any]
     files: Mapping[str, bytes]
     rules: tuple[str, ...] = ()
-    """What a plan says of weights that are carried as they are, and of what is left out."""
+    """What a plan says of weights that are carried as they are, of what is left out, and of what was not understood."""
+
+    tokens: int | None = None
+    """One more than the largest token id in the tokenizer's files; None if they do not say."""
 
     names: Sequence[str] = ()
     """Of the tensors of the file that the model was loaded from, whose form an export is to have; empty if unknown."""
 
 
 def read_assets(directory: Place, *, trust_remote_code: bool = False) -> Assets:
-    """Read the assets in `directory`: of a checkpoint, or of any Hugging Face directory.
+    """Read the assets in `directory`: of a checkpoint, or of any Hugging Face directory. Runs no code of theirs.
+
+    Files are carried byte for byte; they are parsed only to find what is damaged. Python code stays behind, unless it
+    is trusted, and so does what the config says of it, if transformers has the model itself.
 
     Raises:
         NotACheckpointError: there is no config.
-        DamagedError: the config is not readable.
-        UntrustedError: the model brings code along.
+        DamagedError: a file is not readable, or is a pointer to one that Git LFS did not fetch.
+        UntrustedError: the model needs code of its own.
     """
     path = directory / CONFIG_NAME
     if not path.is_file():
         raise NotACheckpointError(
             f"{directory}: no {CONFIG_NAME}, so the architecture is not known; name a config with --model."
         )
-    config = _parse_config(path)
+    config, rules = _without_code(_parse_config(path), path, trust_remote_code=trust_remote_code)
+    rest = read_files(directory, trust_remote_code=trust_remote_code)
+    return replace(rest, config=config, rules=(*rules, *rest.rules))
+
+
+def read_files(directory: Place, *, trust_remote_code: bool = False) -> Assets:
+    """Read the files of `directory` that are carried, its config aside.
+
+    Raises:
+        DamagedError: one of them is not readable, or is a pointer to one that Git LFS did not fetch.
+    """
     found = dict(durable.files_below(directory))
-    carried = choose(found, directory)
-    files = {name: found[name].read_bytes() for name in carried.names}
-    code = [name for name in files if name.endswith(".py")] or ["auto_map"] * ("auto_map" in config)
-    if code and not trust_remote_code:
-        raise UntrustedError(
-            f"{directory}: brings Python code along ({code[0]}), which loading the export would run; pass "
-            "trust_remote_code if you trust its author."
-        )
-    return Assets(config, files, carried.rules)
+    modules = module_directories(found[MODULES_NAME]) if MODULES_NAME in found else ()
+    carried = choose(found, modules, directory, code=trust_remote_code)
+    files = {name: _read(found[name]) for name in carried.names}
+    unparsed = [rule for name, data in files.items() for rule in _check_json(name, data, directory, modules)]
+    try:
+        tokenizer = read_tokenizer(files)
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(
+            f"{directory / TOKENIZER_NAME}: not JSON ({type(error).__name__}: {error}); restore a copy of it."
+        ) from None
+    rules = (*carried.rules, *unparsed, *_tokenizer_rules(files, tokenizer), *_generation_rules(files))
+    return Assets({}, files, rules, tokens=count_tokens(files, tokenizer))
 
 
 def fetch_assets(model: str, tokenizer: str | None = None) -> Assets:
-    """Get the config of `model` and the tokenizer of `tokenizer`: local paths or Hub ids. Runs no code of theirs.
-
-    Of a directory also the processor's config goes along, and what `read_assets` carries of directories below it.
+    """Get the assets of `model`, with the tokenizer and processors of `tokenizer`. Runs no code of theirs.
 
     Args:
-        model: where the config is, and the generation config if it has one.
-        tokenizer: where the tokenizer is; None takes that of `model`, if it has one.
+        model: a directory, a config file by itself, or a Hub id.
+        tokenizer: a directory or a Hub id; None takes the files of `model`.
 
     Raises:
         NotACheckpointError: one of them is not there.
-        UntrustedError: the model brings code along.
+        DamagedError: a file is not readable.
+        UntrustedError: the model needs code of its own.
     """
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-
-    with tempfile.TemporaryDirectory() as temporary:
-        try:
-            AutoConfig.from_pretrained(model, trust_remote_code=False).save_pretrained(temporary)
-        except (OSError, ValueError) as error:
-            if "trust_remote_code" in str(error):
-                raise UntrustedError(
-                    f"config {model!r}: needs Python code of its own, which is not run; convert with a model class "
-                    "that transformers has."
-                ) from None
-            raise NotACheckpointError(f"config {model!r}: {error}") from None
-        try:
-            AutoTokenizer.from_pretrained(tokenizer or model, trust_remote_code=False).save_pretrained(temporary)
-        except (OSError, ValueError) as error:
-            if tokenizer is not None:
-                raise NotACheckpointError(f"tokenizer {tokenizer!r}: {error}") from None
-        with suppress(OSError):  # not every model generates
-            GenerationConfig.from_pretrained(model).save_pretrained(temporary)
-        assets = read_assets(Path(temporary))
-    return _with_parts(assets, Path(model)) if Path(model).is_dir() else assets
+    source, left = _locate(model, "config")
+    if isinstance(source, Path) and source.is_file():
+        config, rules = _without_code(_parse_config(source), source, trust_remote_code=False)
+        assets = Assets(config, {}, tuple(rules))
+    else:
+        assets = read_assets(source)
+    assets = replace(assets, rules=tuple(dict.fromkeys((*left, *assets.rules))))
+    return assets if tokenizer is None else _with_tokenizer(assets, tokenizer)
 
 
-def _with_parts(assets: Assets, directory: Path) -> Assets:
-    """Add what a model's directory has beside config and tokenizer: its processor's config, and its modules."""
-    found = dict(durable.files_below(directory))
-    carried = choose(found, directory)
-    parts = [name for name in carried.names if name not in assets.files and _PART.fullmatch(name)]
-    return replace(assets, files={**assets.files, **{n: found[n].read_bytes() for n in parts}}, rules=carried.rules)
+def _with_tokenizer(assets: Assets, tokenizer: str) -> Assets:
+    """Replace a model's tokenizer and processors by those of another directory or Hub id."""
+    source, left = _locate(tokenizer, "tokenizer")
+    others = read_files(source)
+    given = {name: data for name, data in others.files.items() if not _OF_A_MODEL.fullmatch(name)}
+    if not any(_TOKENIZER.fullmatch(name) for name in given):
+        raise NotACheckpointError(f"tokenizer {tokenizer!r}: no files of a tokenizer there; name where they are.")
+    kept = {name: data for name, data in assets.files.items() if not _TOKENIZER.fullmatch(name)}
+    replaced = {name: data for name, data in given.items() if name not in kept or _PROCESSOR.fullmatch(name)}
+    rules = tuple(dict.fromkeys((*assets.rules, *left, *others.rules)))
+    return replace(assets, files={**kept, **replaced}, rules=rules, tokens=others.tokens)
 
 
-def config_bytes(config: Mapping[str, Any], architecture: str, dtypes: Sequence[str], dtype: str | None) -> bytes:
-    """Return `config.json` of a model with weights.
+def _locate(name: str, what: str) -> tuple[Place, tuple[str, ...]]:
+    """Return the directory, or file, that a path, URL or Hub id names, and what to say of files that it lacks."""
+    if is_url(name):
+        return place_of(name), ()
+    path = Path(name).expanduser()
+    try:
+        if path.exists():
+            return path, ()
+    except (OSError, ValueError):  # too long for a path, or with a NUL: no id either, as the error will say
+        pass
+    return download(name, what)
+
+
+def _read(path: Place) -> bytes:
+    size = durable.file_size(path)
+    if size is None:  # reading a named pipe would wait for ever
+        raise DamagedError(f"{path}: not a regular file, or a link that leads nowhere; restore a copy, or delete it.")
+    if size > _MAX_BYTES:
+        raise MismatchError(f"{path}: {size} bytes, and a file beside weights has at most {_MAX_BYTES}; move it away.")
+    data = path.read_bytes()
+    if data.startswith(_LFS_POINTER):
+        raise DamagedError(f"{path}: a pointer of Git LFS, not the file that it stands for; run `git lfs pull` there.")
+    return data
+
+
+def _check_json(name: str, data: bytes, directory: Place, modules: tuple[str, ...]) -> list[str]:
+    """Check that a JSON file is one; return what to say of one that is not, if nothing needs it.
+
+    Raises:
+        DamagedError: it is not, and the model or its tokenizer needs it.
+    """
+    if not name.endswith(".json") or name == TOKENIZER_NAME:  # which is parsed for its tokens
+        return []
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        needed = "/" not in name or name.startswith(tuple(f"{module}/" for module in modules))
+        if needed and _NEEDED.fullmatch(name):
+            raise DamagedError(
+                f"{directory / name}: not JSON ({type(error).__name__}: {error}); restore a copy, or delete it."
+            ) from None
+        return [f"assets: {name} is copied as it is, though it is not JSON"]
+    if name == GENERATION_CONFIG_NAME and not isinstance(document, dict):
+        raise DamagedError(
+            f"{directory / name}: a {type(document).__name__}, expected an object; restore a copy, or delete it."
+        )
+    return []
+
+
+def _tokenizer_rules(files: Mapping[str, bytes], tokenizer: TokenizerFile | None) -> list[str]:
+    """Say what is not known of a tokenizer."""
+    names = sorted(name for name in files if _TOKENIZER.fullmatch(name))
+    rules = list[str]()
+    unchecked = "whether the tokenizer loads and fits the model was not checked"
+    if names and tokenizer is None:
+        rules.append(f"assets: {', '.join(names)}: copied as they are; without a {TOKENIZER_NAME}, {unchecked}")
+    elif tokenizer is not None and tokenizer.unknown:
+        rules.append(f"assets: {TOKENIZER_NAME} is copied as it is, and is {tokenizer.unknown}; {unchecked}")
+    named: Any = json.loads(files.get(TOKENIZER_CONFIG_NAME, b"null"))
+    if isinstance(named, dict) and cast("dict[str, Any]", named).get("auto_map"):
+        rules.append(
+            f"assets: {TOKENIZER_CONFIG_NAME} is copied as it is, and names Python code (auto_map); the tokenizer "
+            "loads only where that code is, and is trusted"
+        )
+    return rules
+
+
+def _generation_rules(files: Mapping[str, bytes]) -> list[str]:
+    """Say whether transformers takes a generation config; it need not, for the model to be what it is."""
+    data = files.get(GENERATION_CONFIG_NAME)
+    if data is None:
+        return []
+    from transformers import GenerationConfig
+
+    try:
+        with foreign_errors(GENERATION_CONFIG_NAME, "correct it"):
+            GenerationConfig.from_dict(json.loads(data)).validate()
+    except CkptError as error:
+        return [f"assets: {GENERATION_CONFIG_NAME} is copied as it is, though transformers does not take it: {error}"]
+    return []
+
+
+def config_bytes(config: Mapping[str, Any], architecture: str, dtype: str) -> bytes:
+    """Return `config.json` of a model with weights, as `save_pretrained` writes it.
 
     Args:
-        config: what it was.
+        config: what `Architecture.config` is.
         architecture: the name of the model's class.
-        dtypes: of its tensors; the commonest floating-point one is named.
-        dtype: what they were cast to, which configs within the config name as well; None without a cast.
+        dtype: of its weights.
     """
-    floating = [kind for kind in dtypes if "float" in kind]
-    commonest = max(set(floating), key=floating.count) if floating else None
-    kept = {name: value for name, value in config.items() if name != "torch_dtype"}  # the old name of dtype
-    if dtype:
-        kept |= {n: {**v, "dtype": dtype} for n, v in kept.items() if isinstance(v, dict) and "model_type" in v}
-    made = {**kept, "architectures": [architecture], "dtype": dtype or commonest}
+    made = {**config, "architectures": [architecture], "dtype": dtype}
     return (json.dumps(dict(sorted(made.items())), indent=2) + "\n").encode()
 
 
@@ -140,7 +251,10 @@ def write_configs(module: Any, directory: Path) -> None:
     config.dtype = str(module.dtype).removeprefix("torch.")
     config.save_pretrained(directory)
     if module.can_generate():
-        module.generation_config.save_pretrained(directory)
+        # Not `save_pretrained`, which refuses values that nothing but generation is concerned with: a step that
+        # cannot be saved for them would be lost.
+        path = directory / GENERATION_CONFIG_NAME
+        module.generation_config.to_json_file(path, use_diff=True, keys_to_pop=["compile_config"])
 
 
 def _write_adapter_config(module: Any, directory: Path) -> None:
@@ -156,11 +270,32 @@ def architecture_name(module: Any) -> str:
     return type(module).__name__.removeprefix("FSDP")
 
 
+def _without_code(
+    config: dict[str, Any], path: Place, *, trust_remote_code: bool
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return a config that names no Python code, with what to say of that; as it is if its author is trusted.
+
+    Raises:
+        UntrustedError: transformers does not have the model without that code.
+    """
+    if "auto_map" not in config or trust_remote_code:
+        return config, ()
+    if not is_known(config):
+        raise UntrustedError(
+            f"{path}: needs Python code of its own (auto_map), which is not run; convert with a model class that "
+            "transformers has, or pass trust_remote_code if you trust its author."
+        )
+    kept = {name: value for name, value in config.items() if name != "auto_map"}
+    return kept, ("config: auto_map is left out; transformers has the model itself",)
+
+
 def _parse_config(path: Place) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise DamagedError(f"{path}: not JSON ({error}); restore a copy.") from None
+        config = json.loads(_read(path))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, CkptError):
+            raise
+        raise DamagedError(f"{path}: not JSON ({type(error).__name__}: {error}); restore a copy.") from None
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise MismatchError(f"{path}: names no model_type; expected the config of a transformers model.")
     return cast("dict[str, Any]", config)

@@ -29,6 +29,7 @@ from ckpt_core.export.record import FORMAT_VERSION, Export, read_export
 from ckpt_core.export.shard import shard_bytes, shards_of
 from ckpt_core.export.stored import DcpStored
 from ckpt_core.export.target import check_free, check_target, disk_errors
+from ckpt_core.export.weight_conversions import RECORD_NAME
 from ckpt_core.export.work import Progress, Work, plan_document
 from ckpt_core.export.write import INDEX_NAME, Care, check_ties, index_bytes
 from ckpt_core.format.digests import digest_bytes
@@ -212,11 +213,10 @@ def _given_up(work: Work, *, after: bool = True) -> Generator[None]:
 def _begin(work: Work, directory: Place, assets: Assets, settings: Settings) -> None:
     directory, overwrite = directory.absolute(), settings.get("overwrite", False)
     check_free(work.target, overwrite=overwrite)  # now that nobody else is at it
-    dtype = settings.get("dtype")
     plan = plan_export(
         directory,
         assets,
-        dtype=dtype,
+        dtype=settings.get("dtype"),
         max_shard_bytes=settings.get("max_shard_bytes", DEFAULT_SHARD_BYTES),
         table=settings.get("table", Table()),
         merge_adapter=settings.get("merge_adapter", False),
@@ -232,7 +232,7 @@ def _begin(work: Work, directory: Place, assets: Assets, settings: Settings) -> 
         "rules": plan.rules,
         "libraries": {name: version(name) for name in ("ckptflow", "safetensors", "torch", "transformers")},
     }
-    files = _small_files(assets, plan, dtype)
+    files = _small_files(assets, plan)
     if len(plan.shards) > 1:
         files[INDEX_NAME] = index_bytes(plan)
     shards = shards_of(plan, directory)
@@ -255,13 +255,11 @@ def _finish(work: Work, *, overwrite: bool) -> None:
     work.finish((EXPORT_NAME, (json.dumps(document, indent=1) + "\n").encode()), overwrite=overwrite)
 
 
-def _small_files(assets: Assets, plan: Plan, dtype: str | None) -> dict[str, bytes]:
+def _small_files(assets: Assets, plan: Plan) -> dict[str, bytes]:
     """Return the export's files beside weights; a merged model has no adapter any more."""
     if ADAPTER_WEIGHTS_NAME in plan.shards:
         return adapter_files(assets)
     merged = any(output.update for output in plan.outputs)
-    others = {name: data for name, data in assets.files.items() if not (merged and name == ADAPTER_CONFIG_NAME)}
-    return {
-        CONFIG_NAME: config_bytes(assets.config, plan.architecture, [o.dtype for o in plan.outputs], dtype),
-        **others,
-    }
+    left_out = {RECORD_NAME, ADAPTER_CONFIG_NAME} if merged else {RECORD_NAME}
+    others = {name: data for name, data in assets.files.items() if name not in left_out}
+    return {CONFIG_NAME: config_bytes(plan.config, plan.architecture, plan.dtype), **others}

@@ -105,7 +105,7 @@ def import_hf(
         try:
             scratch.clear(root)
             made = root / "checkpoint"
-            _write_assets(made / ASSETS_NAME, assets, intake, dtype)
+            _write_assets(made / ASSETS_NAME, assets, intake)
             _check_twins(weights, intake)
             jobs = _jobs(weights, intake, assets, root, max_file_bytes)
             writing = _Writing(intake, made, allow_nonfinite, Tally(progress, intake.nbytes))
@@ -115,7 +115,8 @@ def import_hf(
             give_name(made, target, overwrite=overwrite)
         finally:
             scratch.remove(root)
-    return Import(target, intake.architecture, len(intake.names), intake.nbytes, intake.rules)
+    rules = (*intake.rules, *assets.rules)
+    return Import(target, intake.architecture, len(intake.names), intake.nbytes, rules)
 
 
 Job = tuple[HfWeights, list[Part]]
@@ -155,10 +156,9 @@ class _Writing:
         return list(zip(parts, spans, strict=True))
 
 
-def _write_assets(directory: Path, assets: Assets, intake: Intake, dtype: str | None) -> None:
+def _write_assets(directory: Path, assets: Assets, intake: Intake) -> None:
     directory.mkdir(parents=True)
-    config = config_bytes(assets.config, intake.architecture, [o.dtype for o in intake.outputs], dtype)
-    durable.write_new(directory / CONFIG_NAME, config)
+    durable.write_new(directory / CONFIG_NAME, config_bytes(intake.config, intake.architecture, intake.dtype))
     for name, data in assets.files.items():
         durable.make_parents(directory / name)
         durable.write_new(directory / name, data)

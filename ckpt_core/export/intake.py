@@ -13,7 +13,8 @@ from ckpt_core.errors import MismatchError
 from ckpt_core.export.architecture import Architecture, choose_class
 from ckpt_core.export.hf_names import HfNames, match_names
 from ckpt_core.export.names import Table
-from ckpt_core.export.plan import Output, cast_rules, rearranged
+from ckpt_core.export.plan import Output, cast_rules, config_dtype, rearranged
+from ckpt_core.export.quantization import check_no_scales, without_quantization
 from ckpt_core.export.recipe import Recipe, copy_of
 from ckpt_core.export.regions import seen_in
 from ckpt_core.export.trace import inverted
@@ -48,6 +49,10 @@ class Intake:
     rules: tuple[str, ...]
     """The named rules that were applied, for people."""
 
+    config: Mapping[str, Any]
+    dtype: str
+    """The type that `config.json` names."""
+
     @property
     def nbytes(self) -> int:
         """Size of all tensors in bytes."""
@@ -74,6 +79,8 @@ def plan_intake(
             several.
     """
     stored, where = weights.tensors, str(weights.place)
+    types = {name: str(tensor.dtype) for name, tensor in stored.items()}
+    check_no_scales(types, where)
     form = FileForm({table.renamed(name) for name in stored if not table.drops(name)})
 
     def match(architecture: Architecture) -> tuple[bool, tuple[Architecture, HfNames]]:
@@ -95,7 +102,6 @@ def plan_intake(
     }
     in_parts = {name: tensor.shape or (1,) for name, tensor in stored.items() if len(tensor.parts) > 1}
     recipes = {n: seen_in(r, in_parts) if in_parts.keys() & {*r.sources} else r for n, r in recipes.items()}
-    types = {name: str(tensor.dtype) for name, tensor in stored.items()}
     outputs = [_output(name, recipes, types, architecture, dtype, where) for name in kept]
     rules = [*names.rules]
     rules += [
@@ -106,7 +112,20 @@ def plan_intake(
     computed = _computed(architecture, outputs, dtype)
     rules += [f"computed: {output.name}, which the model makes by itself" for output in computed]
     layouts = {name: architecture.recipes[exported].layout for exported, name in names.exported.items()}
-    return Intake(architecture.name, list(architecture.shapes), outputs, computed, layouts, names.twins, tuple(rules))
+    made = {output.name: output.dtype for output in outputs}
+    exported = {name: made[recipe.sources[0]] for name, recipe in architecture.recipes.items()}
+    written, dropped = without_quantization(architecture.config, exported, where)
+    return Intake(
+        architecture.name,
+        list(architecture.shapes),
+        outputs,
+        computed,
+        layouts,
+        names.twins,
+        (*rules, *dropped),
+        written,
+        config_dtype(architecture, exported),
+    )
 
 
 def _check_fits(name: str, tensor: HfTensor, shape: Shape, architecture: str, where: str) -> None:

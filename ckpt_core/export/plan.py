@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ckpt_core.errors import ArgumentError, MismatchError
 from ckpt_core.export.architecture import Architecture
@@ -67,6 +68,26 @@ class Tie:
     kept: str
 
 
+class MoreRowsError(Exception):
+    """A checkpoint has more rows of a table of tokens than the config says, and not all of the rest are unused."""
+
+    def __init__(self, stored: str, rows: int, expected: int, why: str) -> None:
+        super().__init__(f"{stored} has {rows} rows, where the config says {expected}, and {why}")
+        self.stored, self.rows, self.expected, self.why = stored, rows, expected, why
+
+
+TrimRule = Callable[[str, int, int], str]
+"""Says why rows beyond those of the config may be cut off: of a tensor, its rows and the config's.
+
+Raises:
+    MoreRowsError: they may not.
+"""
+
+
+def _never(stored: str, rows: int, expected: int) -> str:
+    raise MoreRowsError(stored, rows, expected, "nothing says that the others are unused")
+
+
 @dataclass(frozen=True)
 class Plan:
     """An export: its shards by file name, with their tensors in the order in which they are written."""
@@ -80,8 +101,17 @@ class Plan:
     rules: tuple[str, ...]
     """The named rules that were applied, for people and for `export.json`."""
 
+    dtype: str = "float32"
+    """The type that `config.json` names, in which transformers loads the model."""
+
+    config: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """The model's config; empty for an adapter's export."""
+
     prefix: str = ""
     """What the checkpoint's names have before the model's."""
+
+    tokens: int | None = None
+    """How many token ids the model has rows for; None without a table of tokens."""
 
     @property
     def outputs(self) -> list[Output]:
@@ -107,6 +137,7 @@ def make_plan(
     max_shard_bytes: int,
     where: str,
     table: Table = Table(),  # noqa: B008 - frozen
+    trim: TrimRule = _never,
 ) -> Plan:
     """Match a checkpoint with an architecture, tensor by tensor.
 
@@ -117,8 +148,10 @@ def make_plan(
         max_shard_bytes: largest size of one file's tensors.
         where: the checkpoint, for errors.
         table: what the user says of the checkpoint's names.
+        trim: whether a table of tokens may lose rows.
 
     Raises:
+        MoreRowsError: a table of tokens has more rows than the config says, and may lose none.
         MismatchError: a tensor is missing, left over, or of another shape, or not each byte has exactly one source.
     """
     if max_shard_bytes <= 0:
@@ -137,7 +170,7 @@ def make_plan(
         where=where,
     )
     twins = {name: [names.stored[n] for n in may if n in names.stored] for name, may in wanted.items()}
-    sources = {name: _Source.of(name, stored[0], index, architecture, where) for name, stored in twins.items()}
+    sources = {name: _Source.of(name, stored[0], index, architecture, where, trim) for name, stored in twins.items()}
     _check_used_once(architecture, sources)
     outputs = [_output(n, recipe, sources, architecture, dtype, where) for n, recipe in architecture.recipes.items()]
     repeated = [Tie(twin, stored[0]) for stored in twins.values() for twin in stored[1:]]
@@ -147,7 +180,30 @@ def make_plan(
     rules += rearranged(architecture.recipes)
     rules += cast_rules(outputs)
     used = {name: index.tensors[name] for stored in twins.values() for name in stored}
-    return Plan(architecture.name, _split(outputs, max_shard_bytes), tuple(repeated), used, tuple(rules), names.prefix)
+    return Plan(
+        architecture.name,
+        _split(outputs, max_shard_bytes),
+        tuple(repeated),
+        used,
+        tuple(rules),
+        dtype=config_dtype(architecture, {output.name: output.dtype for output in outputs}),
+        config=architecture.config,
+        prefix=names.prefix,
+        tokens=architecture.tokens,
+    )
+
+
+def config_dtype(architecture: Architecture, stored: Mapping[str, str]) -> str:
+    """Return the type that `save_pretrained` writes into a config: that of the model's first floating-point parameter.
+
+    A parameter of eight bits is passed over: torch makes no model in such a type, so its config would not load.
+
+    Args:
+        architecture: what the model is.
+        stored: the type of each tensor of the export.
+    """
+    types = (stored[name] for name in architecture.order)
+    return next((dtype for dtype in types if dtype in dtypes.FLOATING and dtypes.ITEMSIZE[dtype] > 1), "float32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +218,9 @@ class _Source:
     trimmed: str
 
     @classmethod
-    def of(cls, name: str, stored: str, index: Index, architecture: Architecture, where: str) -> _Source:
+    def of(
+        cls, name: str, stored: str, index: Index, architecture: Architecture, where: str, trim: TrimRule
+    ) -> _Source:
         """Find a stored tensor, and compare its shape and type with what the model and the format want.
 
         Raises:
@@ -181,7 +239,9 @@ class _Source:
                 f"{where}: {stored} has shape {entry.shape}, {architecture.name} with this config expects {shape}; "
                 "give the config that it was trained with."
             )
-        return cls(stored, entry, shape, f"trimmed: {stored} from {entry.shape[0]} rows to the config's {shape[0]}")
+        why = trim(stored, entry.shape[0], shape[0])
+        rule = f"trimmed: {stored} from {entry.shape[0]} rows to the config's {shape[0]}; {why}"
+        return cls(stored, entry, shape, rule)
 
     def seen(self, piece: Piece) -> Piece:
         """Return a piece of the model's tensor as one of the stored tensor, which may have more rows."""
@@ -256,15 +316,21 @@ def _any_number(name: str) -> str:
 
 
 def _split(outputs: Iterable[Output], max_shard_bytes: int) -> dict[str, list[Output]]:
-    """Fill shards in order; a tensor larger than the limit has one of its own."""
-    groups: list[list[Output]] = [[]]
+    """Fill shards in order, as `save_pretrained` does: a tensor larger than the limit has one of its own, at once."""
+    groups: list[list[Output]] = []
+    current: list[Output] = []
     size = 0
     for output in outputs:
-        if groups[-1] and size + output.nbytes > max_shard_bytes:
-            groups.append([])
-            size = 0
-        groups[-1].append(output)
+        if output.nbytes > max_shard_bytes:
+            groups.append([output])
+            continue
+        if size + output.nbytes > max_shard_bytes:
+            groups.append(current)
+            current, size = [], 0
+        current.append(output)
         size += output.nbytes
+    if current or not groups:
+        groups.append(current)
     count = len(groups)
     names = [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
     return dict(zip(names if count > 1 else ["model.safetensors"], map(in_file_order, groups), strict=True))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from ckpt_core.errors import MismatchError
@@ -14,8 +16,10 @@ from ckpt_core.export.adapter_plan import plan_adapter
 from ckpt_core.export.architecture import Architecture, choose_class
 from ckpt_core.export.assets import Assets
 from ckpt_core.export.names import Table
-from ckpt_core.export.plan import Plan, make_plan
+from ckpt_core.export.plan import MoreRowsError, Plan, TrimRule, make_plan
+from ckpt_core.export.quantization import check_no_scales, without_quantization
 from ckpt_core.export.torchtitan import as_native, is_native
+from ckpt_core.export.vocabulary import all_ids, check_vocabulary, load_size, resized
 from ckpt_core.export.weight_conversions import DEFAULT_FORM, RECORD_NAME, FileForm
 from ckpt_core.format.index import Index, read_index
 
@@ -52,16 +56,20 @@ def _plan(directory: Place, assets: Assets, settings: dict[str, Any], *, merge_a
         raise MismatchError(f"{where}: holds no LoRA adapter to merge; convert without merge_adapter.")
     if not assets.config and (merge_adapter or not has):
         raise MismatchError(f"{where}: there is no config of its model; give one with --model.")
-    if has:
-        config = adapter_config(assets, where, merge=merge_adapter)
-        adapter = find_adapter(index, config, table, where)
-        if not merge_adapter:
-            return plan_adapter(index, adapter, dtype=settings["dtype"], where=where)
-        return plan_merged(index, adapter, assets.config, **settings)
-    return _plan_of_model(index, assets, settings)
+    check_no_scales({name: entry.dtype for name, entry in index.tensors.items()}, where)
+    if not has:
+        return _plan_model(partial(_plan_plain, index, settings, assets), assets, where)
+    adapter = find_adapter(index, adapter_config(assets, where, merge=merge_adapter), table, where)
+    if not merge_adapter:
+        return plan_adapter(index, adapter, dtype=settings["dtype"], where=where)
+    return _plan_model(lambda config, trim: plan_merged(index, adapter, config, **settings, trim=trim), assets, where)
 
 
-def _plan_of_model(index: Index, assets: Assets, settings: dict[str, Any]) -> Plan:
+def _plan_plain(
+    index: Index, settings: dict[str, Any], assets: Assets, config: Mapping[str, Any], trim: TrimRule
+) -> Plan:
+    settings = {**settings, "trim": trim}
+
     def match(architecture: Architecture) -> tuple[tuple[int, int, bool, int], Plan]:
         try:
             return _distance(plan := make_plan(index, architecture, **settings), index, 0), plan
@@ -70,12 +78,65 @@ def _plan_of_model(index: Index, assets: Assets, settings: dict[str, Any]) -> Pl
                 return _distance(plan := make_plan(index, architecture.as_stored(), **settings), index, 1), plan
             if not is_native(index.tensors):
                 raise
-        native = as_native(architecture, assets.config, index.tensors, settings["where"])
+        native = as_native(architecture, config, index.tensors, settings["where"])
         return _distance(plan := make_plan(index, native, **settings), index, 2), plan
 
     form = FileForm(assets.names, assets.files.get(RECORD_NAME))
     forms = (form, DEFAULT_FORM) if form != DEFAULT_FORM else (form,)
-    return choose_class(assets.config, match, settings["dtype"], forms, settings["where"])
+    return choose_class(config, match, settings["dtype"], forms, settings["where"])
+
+
+def _plan_model(make: Callable[[Mapping[str, Any], TrimRule], Plan], assets: Assets, where: str) -> Plan:
+    """Plan an export that has a row for each token in use, with the config that says so.
+
+    Rows that something may use are kept, though the config of a base model does not know them: a row too much costs a
+    few bytes, and can still be cut off; one too few was trained for nothing.
+    """
+    rules: list[str] = []
+    trim = _trim_rule(assets)
+    try:
+        plan = make(assets.config, trim)
+    except MoreRowsError as found:
+        try:
+            plan = make(resized(assets.config, found.rows - found.expected), trim)
+        except MoreRowsError:  # what the config says of its vocabulary is not what gives this table its rows
+            raise MismatchError(f"{where}: {found}; give the config that it was trained with.") from None
+        rules.append(
+            f"vocabulary: set to {plan.tokens} tokens, as all {found.rows} rows of {found.stored} are kept, where the "
+            f"config said {found.expected}: {found.why}"
+        )
+    if plan.tokens is not None:
+        check_vocabulary(
+            plan.config,
+            assets.files,
+            used=assets.tokens,
+            rows=plan.tokens,
+            architecture=plan.architecture,
+            where=where,
+        )
+    config, dropped = without_quantization(plan.config, {o.name: o.dtype for o in plan.outputs}, where)
+    return replace(plan, config=config, rules=(*plan.rules, *rules, *dropped))
+
+
+def _trim_rule(assets: Assets) -> TrimRule:
+    """Return what decides whether rows beyond the config's are unused."""
+
+    @cache
+    def size() -> int | None:
+        return load_size(assets.files, assets.config) if assets.tokens is not None else None
+
+    def trim(stored: str, rows: int, expected: int) -> str:
+        for key, number in all_ids(assets.config, assets.files):
+            if expected <= number < rows:
+                raise MoreRowsError(stored, rows, expected, f"{key} is {number}")
+        tokens = size()
+        if tokens is None:
+            raise MoreRowsError(stored, rows, expected, "no tokenizer that can be read says that the others are unused")
+        if tokens > expected:
+            raise MoreRowsError(stored, rows, expected, f"the tokenizer has {tokens} tokens")
+        return f"neither the tokenizer, of {tokens} tokens, nor an id of a config needs the others"
+
+    return trim
 
 
 def _distance(plan: Plan, index: Index, form: int) -> tuple[int, int, bool, int]:

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from ckpt_core.durable import file_size
 from ckpt_core.errors import DamagedError, NotACheckpointError
-from ckpt_core.export.carried import EXPORT_NAME
+from ckpt_core.export.carried import EXPORT_NAME, is_plain
 
 if TYPE_CHECKING:
     from ckpt_core.urls import Place
 
 FORMAT_VERSION = 1
 MAX_BYTES = 64_000_000
-MAX_NAME_BYTES = 255
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -80,8 +79,7 @@ def _parse(path: Place, document: Any) -> Export:
 
 
 def _check_entry(name: str, entry: dict[str, Any]) -> None:
-    plain = not {"", ".", ".."} & set(name.split("/")) and "\\" not in name
-    if not plain or not name.isprintable() or len(name.encode()) > MAX_NAME_BYTES:
+    if not is_plain(name):
         raise ValueError(f"{name!r} is no plain name of a file in a directory")
     size, sha256 = entry.get("bytes"), entry.get("sha256", "none")
     if type(size) is not int or size < 0:

@@ -12,7 +12,7 @@ _TABLE = {
     "float8_e5m2": ("F8_E5M2", 1),
     "float8_e4m3fnuz": ("F8_E4M3FNUZ", 1),
     "float8_e5m2fnuz": ("F8_E5M2FNUZ", 1),
-    "float8_e8m0fnu": (None, 1),
+    "float8_e8m0fnu": ("F8_E8M0", 1),
     "int64": ("I64", 8),
     "int32": ("I32", 4),
     "int16": ("I16", 2),

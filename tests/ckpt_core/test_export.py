@@ -391,32 +391,41 @@ class TestRefusals:
                 read_assets(directory)
 
     def test_assets_that_bring_code(self, tmp_path: Path, llama: tuple[Path, Assets]) -> None:
-        """A Python file, or a config that names one, is refused unless its author is trusted."""
+        """Python code stays behind, named, where transformers has the model itself; else the model is refused."""
         assets = tmp_path / "assets"
         assets.mkdir()
         with pytest.raises(errors.NotACheckpointError, match=r"config\.json"):
             read_assets(assets)
-        config = dict(llama[1].config)
+        config = {**llama[1].config, "auto_map": {"AutoModelForCausalLM": "evil.Model"}}
         (assets / "config.json").write_text(json.dumps(config))
-        (assets / "tokenizer.py").write_text("raise SystemExit")
-        with pytest.raises(errors.UntrustedError, match=r"tokenizer\.py"):
-            read_assets(assets)
-        assert "tokenizer.py" in read_assets(assets, trust_remote_code=True).files
-        (assets / "tokenizer.py").unlink()
-        (assets / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "evil.Config"}}))
-        with pytest.raises(errors.UntrustedError, match="auto_map"):
-            read_assets(assets)
-        with pytest.raises(errors.UntrustedError, match="auto_map"):
-            fetch_assets(str(assets))
-        (assets / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": {"AutoConfig": "evil.C"}}))
         (assets / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-        with pytest.raises(errors.UntrustedError, match="not run"):
-            fetch_assets(str(assets))
+        for read in (read_assets, lambda place: fetch_assets(str(place))):
+            found = read(assets)
+            assert found.files == {}
+            assert "auto_map" not in found.config
+            assert [rule.partition(";")[0] for rule in found.rules] == [
+                "config: auto_map is left out",
+                "assets: left out: evil.py",
+            ]
+        trusted = read_assets(assets, trust_remote_code=True)
+        assert set(trusted.files) == {"evil.py"}
+        assert trusted.config == config
+        for change in ({"model_type": "evil"}, {"architectures": ["EvilForCausalLM"]}):
+            (assets / "config.json").write_text(json.dumps({**config, **change}))
+            for read in (read_assets, lambda place: fetch_assets(str(place))):
+                with pytest.raises(errors.UntrustedError, match="auto_map"):
+                    read(assets)
         assert not (tmp_path / "ran").exists()
 
     @pytest.mark.parametrize(
         ("text", "kind"),
-        [("{", errors.DamagedError), ("[]", errors.MismatchError), ("{}", errors.MismatchError)],
+        [
+            ("{", errors.DamagedError),
+            ("[" * 100_000, errors.DamagedError),
+            ("[]", errors.MismatchError),
+            ("{}", errors.MismatchError),
+        ],
+        ids=["cut", "deep", "list", "empty"],
     )
     def test_configs_that_are_none(self, tmp_path: Path, text: str, kind: type[Exception]) -> None:
         """A config that is not JSON, or names no model type, is a named error."""

@@ -1,5 +1,6 @@
 """Exports of real architectures, whoever saved them: names, dtypes, shapes and bytes are those of save_pretrained."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from gloo_ranks import run_ranks, values
 from safetensors.torch import load_file
 from sharded_families import Mesh
 from small_models import assert_same
-from small_transformers import MODELS, checkpoint_of, model_of, read_json, save_pretrained
+from small_transformers import MODELS, checkpoint_of, model_of, read_json, save_pretrained, tokenizer
 from transformers import PreTrainedModel
 
 from ckpt_core import errors, io
@@ -180,15 +181,96 @@ class TestRows:
 
     @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5", "gemma3 with images", "whisper"])
     def test_padding_is_left_out(self, tmp_path: Path, name: str) -> None:
-        """Rows beyond the config's vocabulary, of weights and biases, tied or not, are trimmed and reported."""
+        """Rows that neither the tokenizer nor the configs need, of weights and biases, tied or not, are trimmed."""
         model = model_of(name)
-        _, assets = checkpoint_of(model, tmp_path / "saved")
+        saved, _ = checkpoint_of(model, tmp_path / "saved")
+        tokenizer().save_pretrained(saved.parent / "assets")
         state = model.state_dict()
         padded = {n: torch.cat([t, torch.ones(8, *t.shape[1:])]) for n, t in state.items() if t.shape[:1] == (40,)}
         io.save({"model": {**state, **padded}}, tmp_path / "dcp")
+        given = read_assets(saved.parent / "assets")
+        export = convert(tmp_path / "dcp", tmp_path / "export", assets=given)
+        assert_same_export(export.path, save_pretrained(model, tmp_path / "expected"))
+        assert any("from 48 rows to the config's 40; neither the tokenizer, of 40" in rule for rule in export.rules)
+
+    @pytest.mark.parametrize("name", ["llama tied", "bert", "gemma3 with images"])
+    def test_rows_that_may_be_trained_are_kept(self, tmp_path: Path, name: str) -> None:
+        """Without a tokenizer that says what is unused all rows stay, in the form that resizing the model gives."""
+        model = model_of(name)
+        _, assets = checkpoint_of(model, tmp_path / "saved")
+        model.resize_token_embeddings(43)
+        io.save({"model": model.state_dict()}, tmp_path / "dcp")
         export = convert(tmp_path / "dcp", tmp_path / "export", assets=assets)
         assert_same_export(export.path, save_pretrained(model, tmp_path / "expected"))
-        assert any("from 48 rows to the config's 40" in rule for rule in export.rules)
+        assert any(rule.startswith("vocabulary: set to 43 tokens") for rule in export.rules)
+
+    @pytest.mark.parametrize("needs", ["tokenizer", "config", "generation config", "config within"])
+    def test_rows_that_are_in_use_are_kept(self, tmp_path: Path, needs: str) -> None:
+        """A token that was added, or an id in any config, keeps all rows, though the base's config has fewer."""
+        model = model_of("llama")
+        directory, assets = checkpoint_of(model, tmp_path / "saved")
+        beside = directory.parent / "assets"
+        words = tokenizer()
+        if needs == "tokenizer":
+            words.add_special_tokens({"additional_special_tokens": ["<think>"]})
+        words.save_pretrained(beside)
+        config = dict(assets.config)
+        if needs == "config":
+            config["image_token_id"] = 42
+        elif needs == "config within":
+            config["audio"] = {"suppress_tokens": [[3, 41]]}
+        elif needs == "generation config":
+            generation = read_json(beside / "generation_config.json")
+            (beside / "generation_config.json").write_text(json.dumps({**generation, "eos_token_id": [2, 40]}))
+        (beside / "config.json").write_text(json.dumps(config))
+        model.resize_token_embeddings(48)
+        io.save({"model": model.state_dict()}, tmp_path / "dcp")
+        export = convert(tmp_path / "dcp", tmp_path / "export", assets=read_assets(beside))
+        assert_same(load_file(export.path / WEIGHTS), dict(sorted(model.state_dict().items())))
+        assert read_json(export.path / "config.json")["vocab_size"] == 48
+
+    def test_a_tokenizer_with_more_tokens_is_refused(self, tmp_path: Path) -> None:
+        """A token without a row is a MismatchError, wherever the tokenizer's files name it."""
+        directory, _ = checkpoint_of(model_of("llama"), tmp_path / "saved")
+        beside = directory.parent / "assets"
+        words = tokenizer()
+        words.save_pretrained(beside)
+        assert convert(directory, tmp_path / "fits", assets=read_assets(beside)).files
+        kept = {file: file.read_bytes() for file in beside.iterdir()}
+        words.add_tokens(["<more>"])
+        words.save_pretrained(beside)
+        decoder = {"added_tokens_decoder": {"40": {"content": "<more>"}}}
+        for name, content in (
+            ("tokenizer.json", (beside / "tokenizer.json").read_text()),
+            ("tokenizer_config.json", json.dumps(decoder)),
+            ("added_tokens.json", '{"<more>": 40}'),
+        ):
+            for file, data in kept.items():
+                file.write_bytes(data)
+            (beside / name).write_text(content)
+            with pytest.raises(errors.MismatchError, match=r"token ids up to 40.*rows for 40 tokens"):
+                convert(directory, tmp_path / "export", assets=read_assets(beside))
+            (beside / name).unlink()
+
+    @pytest.mark.parametrize(
+        ("place", "change"),
+        [
+            ("config.json", {"eos_token_id": [2, 41]}),
+            ("generation_config.json", {"decoder_start_token_id": 50}),
+            ("generation_config.json", {"begin_suppress_tokens": [1, 40]}),
+        ],
+    )
+    def test_ids_without_a_row_are_refused(self, tmp_path: Path, place: str, change: dict[str, object]) -> None:
+        """An id beyond the rows is a MismatchError that names it; none at all, and -1, are no ids."""
+        directory, _ = checkpoint_of(model_of("llama"), tmp_path / "saved")
+        beside = directory.parent / "assets"
+        good = read_json(beside / place)
+        nothing = {"pad_token_id": -1, "eos_token_id": None, "begin_suppress_tokens": [-1, 39]}
+        (beside / place).write_text(json.dumps({**good, **nothing}))
+        assert plan_export(directory, read_assets(beside)).outputs
+        (beside / place).write_text(json.dumps({**good, **change}))
+        with pytest.raises(errors.MismatchError, match=rf"{next(iter(change))} of the .*rows for 40 tokens"):
+            plan_export(directory, read_assets(beside))
 
     @pytest.mark.parametrize("rows", [0, 39])
     def test_missing_ones_are_refused(self, tmp_path: Path, rows: int) -> None:
