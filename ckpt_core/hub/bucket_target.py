@@ -110,7 +110,9 @@ class BucketTarget:
                 if progress is not None:
                     progress(done, total)
             entries = {path: {"bytes": each.size, "sha256": each.sha256} for path, each in sorted(contents.items())}
-            self._create(f"{place}{_SUFFIX}", {"files": entries})
+            if not self._create(f"{place}{_SUFFIX}", {"files": entries}):
+                self._files.delete(f"{place}{_SUFFIX}")  # equal trees have equal lists, so the one there is damaged
+                self._create(f"{place}{_SUFFIX}", {"files": entries})
             return name
 
     def check(self, commit: str) -> None:

@@ -267,6 +267,8 @@ def test_a_list_of_other_digests_proves_nothing(anywhere, export):
         file.write(json.dumps(record).encode())
     with pytest.raises(HubContentError, match=r"\.json is not the list of the files that this tree was named by"):
         hub.roll_back(anywhere, "v1")
+    assert hub.publish(export, anywhere).tag == "v1"  # mends both
+    assert hub.roll_back(anywhere, "v1").tag == "v1"
 
 
 def test_a_release_is_not_the_export(where, tmp_path):
