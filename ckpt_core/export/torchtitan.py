@@ -66,6 +66,19 @@ _EXPERTS: dict[str, tuple[str, ...]] = {
     },
 }
 
+_LATENT: dict[str, tuple[str, ...]] = {
+    "model.layers.{}.self_attn.q_a_proj.weight": ("layers.{}.attention.wq_a.weight",),
+    "model.layers.{}.self_attn.q_a_layernorm.weight": ("layers.{}.attention.q_norm.weight",),
+    "model.layers.{}.self_attn.q_b_proj.weight": ("layers.{}.attention.wq_b.weight",),
+    "model.layers.{}.self_attn.kv_a_proj_with_mqa.weight": ("layers.{}.attention.wkv_a.weight",),
+    "model.layers.{}.self_attn.kv_a_layernorm.weight": ("layers.{}.attention.kv_norm.weight",),
+    "model.layers.{}.self_attn.kv_b_proj.weight": ("layers.{}.attention.wkv_b.weight",),
+    "model.layers.{}.mlp.gate.e_score_correction_bias": ("layers.{}.moe.expert_bias", "layers.{}.moe.expert_bias_E"),
+    "model.layers.{}.mlp.shared_experts.gate_proj.weight": ("layers.{}.moe.shared_experts.w1.weight",),
+    "model.layers.{}.mlp.shared_experts.up_proj.weight": ("layers.{}.moe.shared_experts.w3.weight",),
+    "model.layers.{}.mlp.shared_experts.down_proj.weight": ("layers.{}.moe.shared_experts.w2.weight",),
+}
+
 
 @dataclass(frozen=True)
 class _Family:
@@ -78,6 +91,7 @@ class _Family:
 
 _FAMILIES = {
     "LlamaForCausalLM": _Family(_COMMON, rotates_neighbours=True),
+    "DeepseekV3ForCausalLM": _Family({**_COMMON, **_EXPERTS, **_LATENT}),
     "Qwen3ForCausalLM": _Family({**_COMMON, **_NORMS}),
     "Qwen3MoeForCausalLM": _Family({**_COMMON, **_NORMS, **_EXPERTS}),
 }
@@ -112,6 +126,11 @@ def as_native(
             f"{where}: holds a model in torchtitan's native names, which are converted here for"
             f" {', '.join(sorted(_FAMILIES))}, but not for {architecture.name}; convert it with torchtitan's"
             " scripts/checkpoint_conversion/convert_to_hf.py, or save it there with last_save_in_hf"
+        )
+    if config.get("rope_interleave") is False:
+        raise MismatchError(
+            f"{where}: torchtitan's {architecture.name} rotates pairs of neighbouring rows, and the config has"
+            " rope_interleave false; give the config that it was trained with"
         )
     view = architecture.as_stored()
     chosen = _choose_version(family, stored)

@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import embedding, rms_norm, scaled_dot_product_attention, silu
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
     GptOssConfig,
     LlamaConfig,
     PreTrainedConfig,
@@ -39,10 +40,30 @@ SIZES: dict[str, Any] = {
     "rms_norm_eps": 1e-5,
 }
 EXPERTS = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "norm_topk_prob": True}
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 6,
+    "kv_lora_rank": 5,
+    "qk_nope_head_dim": 7,
+    "qk_rope_head_dim": 4,
+    "head_dim": 4,
+    "v_head_dim": 3,
+    "moe_intermediate_size": 12,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.5,
+}
 CONFIGS = {
     "llama": LlamaConfig(**SIZES, architectures=["LlamaForCausalLM"]),
     "tied llama": LlamaConfig(**SIZES, tie_word_embeddings=True, architectures=["LlamaForCausalLM"]),
     "qwen3": Qwen3Config(**SIZES, architectures=["Qwen3ForCausalLM"]),
+    "deepseek_v3": DeepseekV3Config(**{**SIZES, **LATENT}, architectures=["DeepseekV3ForCausalLM"]),
+    "deepseek_v3 without lora": DeepseekV3Config(
+        **{**SIZES, **LATENT, "q_lora_rank": None}, architectures=["DeepseekV3ForCausalLM"]
+    ),
     "qwen3_moe": Qwen3MoeConfig(**SIZES, **EXPERTS, architectures=["Qwen3MoeForCausalLM"]),
 }
 NEWER = {
@@ -50,6 +71,7 @@ NEWER = {
     r"^output\.": "lm_head.",
     r"moe\.experts\.(w[13])$": r"moe.routed_experts.inner_experts.\1_EFD",
     r"moe\.experts\.w2$": "moe.routed_experts.inner_experts.w2_EDF",
+    r"moe\.expert_bias$": "moe.expert_bias_E",
 }
 """What torchtitan called the same tensors in 2025, and what in 2026."""
 
@@ -66,16 +88,24 @@ def native_model(config: PreTrainedConfig) -> dict[str, torch.Tensor]:
         of_layer = {
             "attention_norm.weight": (hidden,),
             "ffn_norm.weight": (hidden,),
-            "attention.wq.weight": (queries, hidden),
-            "attention.wk.weight": (keys, hidden),
-            "attention.wv.weight": (keys, hidden),
-            "attention.wo.weight": (hidden, queries),
         }
-        if config.model_type != "llama":
+        if config.model_type == "deepseek_v3":
+            of_layer |= latent_shapes(config)
+        else:
+            of_layer |= {
+                "attention.wq.weight": (queries, hidden),
+                "attention.wk.weight": (keys, hidden),
+                "attention.wv.weight": (keys, hidden),
+                "attention.wo.weight": (hidden, queries),
+            }
+        if config.model_type.startswith("qwen3"):
             of_layer |= {"attention.q_norm.weight": (head,), "attention.k_norm.weight": (head,)}
-        if config.model_type == "qwen3_moe":
-            count, inner = config.num_experts, config.moe_intermediate_size
+        if config.model_type == "qwen3_moe" or (config.model_type == "deepseek_v3" and layer):
+            count, inner = config.num_experts if "qwen3" in config.model_type else 4, config.moe_intermediate_size
             of_layer |= {"moe.router.gate.weight": (count, hidden)}
+            if config.model_type == "deepseek_v3":
+                of_layer |= {f"moe.shared_experts.{name}.weight": (inner, hidden) for name in ("w1", "w3")}
+                of_layer |= {"moe.shared_experts.w2.weight": (hidden, inner), "moe.expert_bias": (count,)}
             of_layer |= {f"moe.experts.{name}": (count, inner, hidden) for name in ("w1", "w3")}
             of_layer |= {"moe.experts.w2": (count, hidden, inner)}
         else:
@@ -85,6 +115,57 @@ def native_model(config: PreTrainedConfig) -> dict[str, torch.Tensor]:
     state = {name: torch.randn(shape) / 2 for name, shape in shapes.items()}
     tied = config.tie_word_embeddings
     return {**state, "output.weight": state["tok_embeddings.weight"] if tied else torch.randn(40, hidden)}
+
+
+def latent_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of one layer of attention with latent keys and values."""
+    hidden, heads, rank = config.hidden_size, config.num_attention_heads, config.q_lora_rank
+    queries = heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
+    low = {"wq.weight": (queries, hidden)}
+    if rank:
+        low = {"wq_a.weight": (rank, hidden), "q_norm.weight": (rank,), "wq_b.weight": (queries, rank)}
+    latent = config.kv_lora_rank
+    high = {
+        "wkv_a.weight": (latent + config.qk_rope_head_dim, hidden),
+        "kv_norm.weight": (latent,),
+        "wkv_b.weight": (heads * (config.qk_nope_head_dim + config.v_head_dim), latent),
+        "wo.weight": (hidden, heads * config.v_head_dim),
+    }
+    return {f"attention.{name}": shape for name, shape in {**low, **high}.items()}
+
+
+def latent_attention(stream: torch.Tensor, layer: Tensors, config: PreTrainedConfig) -> torch.Tensor:
+    """Compute causal attention of latent keys and values, of which a part is rotated as complex numbers."""
+    eps, plain, turned = 1e-6, config.qk_nope_head_dim, config.qk_rope_head_dim
+    weights = {name.removeprefix("attention."): tensor for name, tensor in layer.items()}
+    if config.q_lora_rank:
+        low = rms_norm(stream @ weights["wq_a.weight"].T, (config.q_lora_rank,), weights["q_norm.weight"], eps)
+        query = low @ weights["wq_b.weight"].T
+    else:
+        query = stream @ weights["wq.weight"].T
+    query = query.view(len(stream), -1, plain + turned).transpose(0, 1)
+    latent, rotated = (stream @ weights["wkv_a.weight"].T).split([config.kv_lora_rank, turned], dim=-1)
+    high = rms_norm(latent, (config.kv_lora_rank,), weights["kv_norm.weight"], eps) @ weights["wkv_b.weight"].T
+    key, value = (
+        high.view(len(stream), -1, plain + config.v_head_dim).transpose(0, 1).split([plain, config.v_head_dim], dim=-1)
+    )
+    turn = turns(len(stream), turned)
+    query = torch.cat([query[..., :plain], turned_pairs(query[..., plain:], turn)], dim=-1)
+    key = torch.cat([key, turned_pairs(rotated, turn).expand(len(key), -1, -1)], dim=-1)
+    mixed = scaled_dot_product_attention(query, key, value, is_causal=True)
+    return mixed.transpose(0, 1).flatten(1) @ weights["wo.weight"].T
+
+
+def turns(length: int, size: int) -> torch.Tensor:
+    """Return by how much each pair of numbers of a head is turned at each place, as complex numbers."""
+    angles = torch.outer(torch.arange(length), 100.0 ** (-torch.arange(0, size, 2) / size))
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def turned_pairs(numbers: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+    """Turn pairs of neighbours."""
+    pairs = torch.view_as_complex(numbers.reshape(*numbers.shape[:-1], -1, 2).contiguous())
+    return torch.view_as_real(pairs * turn).flatten(-2)
 
 
 def logits(state: Tensors, config: PreTrainedConfig, tokens: torch.Tensor) -> torch.Tensor:
@@ -102,21 +183,19 @@ def logits(state: Tensors, config: PreTrainedConfig, tokens: torch.Tensor) -> to
 
 def attention(stream: torch.Tensor, layer: Tensors, config: PreTrainedConfig) -> torch.Tensor:
     """Compute causal attention of grouped queries."""
+    if config.model_type == "deepseek_v3":
+        return latent_attention(stream, layer, config)
     size = config.head_dim
     query, key, value = (
         (stream @ layer[f"attention.w{of}.weight"].T).view(len(stream), -1, size).transpose(0, 1) for of in "qkv"
     )
-    angles = torch.outer(torch.arange(len(stream)), 100.0 ** (-torch.arange(0, size, 2) / size))
+    turn = turns(len(stream), size)
     if config.model_type == "llama":
-        turn = torch.polar(torch.ones_like(angles), angles)
-        query, key = (
-            torch.view_as_real(torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2)) * turn).flatten(-2)
-            for x in (query, key)
-        )
+        query, key = turned_pairs(query, turn), turned_pairs(key, turn)
     else:
         query = rms_norm(query, (size,), layer["attention.q_norm.weight"], config.rms_norm_eps)
         key = rms_norm(key, (size,), layer["attention.k_norm.weight"], config.rms_norm_eps)
-        cos, sin = (torch.cat([each, each], dim=-1) for each in (angles.cos(), angles.sin()))
+        cos, sin = (torch.cat([each, each], dim=-1) for each in (turn.real, turn.imag))
         first = size // 2
         query, key = (x * cos + torch.cat([-x[..., first:], x[..., :first]], dim=-1) * sin for x in (query, key))
     groups = len(query) // len(key)
@@ -125,22 +204,29 @@ def attention(stream: torch.Tensor, layer: Tensors, config: PreTrainedConfig) ->
     return mixed.transpose(0, 1).flatten(1) @ layer["attention.wo.weight"].T
 
 
-def feed_forward(stream: torch.Tensor, layer: Tensors) -> torch.Tensor:
+def feed_forward(stream: torch.Tensor, layer: Tensors, name: str = "feed_forward") -> torch.Tensor:
     """Compute a gated layer."""
-    w1, w2, w3 = (layer[f"feed_forward.w{of}.weight"] for of in (1, 2, 3))
+    w1, w2, w3 = (layer[f"{name}.w{of}.weight"] for of in (1, 2, 3))
     return (silu(stream @ w1.T) * (stream @ w3.T)) @ w2.T
 
 
 def experts(stream: torch.Tensor, layer: Tensors, config: PreTrainedConfig) -> torch.Tensor:
     """Compute the experts of highest probability of each token, weighted by it."""
-    scores = (stream @ layer["moe.router.gate.weight"].T).softmax(-1)
-    top, chosen = scores.topk(config.num_experts_per_tok, dim=-1)
-    weights = torch.zeros_like(scores).scatter(-1, chosen, top / top.sum(-1, keepdim=True))
+    scores, bias, scale = stream @ layer["moe.router.gate.weight"].T, layer.get("moe.expert_bias"), 1.0
+    if bias is None:
+        scores = scores.softmax(-1)
+        chosen = scores.topk(config.num_experts_per_tok, dim=-1).indices
+    else:
+        scores, scale = scores.sigmoid(), config.routed_scaling_factor
+        chosen = (scores + bias).topk(config.num_experts_per_tok, dim=-1).indices
+    top = scores.gather(-1, chosen)
+    weights = torch.zeros_like(scores).scatter(-1, chosen, scale * top / top.sum(-1, keepdim=True))
     made = [
         (silu(stream @ w1.T) * (stream @ w3.T)) @ w2.T
         for w1, w2, w3 in zip(*(layer[f"moe.experts.w{of}"] for of in (1, 2, 3)), strict=True)
     ]
-    return sum(weights[:, number, None] * each for number, each in enumerate(made))
+    routed = sum(weights[:, number, None] * each for number, each in enumerate(made))
+    return routed + (feed_forward(stream, layer, "moe.shared_experts") if bias is not None else 0)
 
 
 def newer(state: Tensors) -> dict[str, torch.Tensor]:
@@ -250,6 +336,14 @@ def test_another_config_is_refused(tmp_path: Path, change: dict[str, Any], said:
     assets = assets_of(LlamaConfig(**{**SIZES, **change}, architectures=["LlamaForCausalLM"]))
     with pytest.raises(errors.MismatchError, match=said):
         convert(tmp_path / "dcp", tmp_path / "export", assets=assets)
+
+
+def test_halves_of_heads_are_not_taken_for_pairs(tmp_path: Path) -> None:
+    """DeepSeek's config can say that rows are in the other order; torchtitan's are not."""
+    io.save(native_model(CONFIGS["deepseek_v3"]), tmp_path / "dcp")
+    config = {**CONFIGS["deepseek_v3"].to_dict(), "rope_interleave": False}
+    with pytest.raises(errors.MismatchError, match="the config has rope_interleave false"):
+        convert(tmp_path / "dcp", tmp_path / "export", assets=Assets(config, {}))
 
 
 def test_a_bias_of_experts_is_not_dropped(tmp_path: Path) -> None:
