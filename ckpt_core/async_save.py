@@ -175,7 +175,9 @@ class AsyncSaver:
         with ranks.within(self._writing):
             checkpoint = commit.commit(self._store, content, permit)
             reference = ranks.first(lambda: refer(checkpoint))
-        return PyTorchCheckpoint.from_dict({**asdict(reference), "hyperparameters": content.manifest.hyperparameters})
+        manifest = content.manifest
+        types = {"hyperparameter_types": manifest.hyperparameter_types}
+        return PyTorchCheckpoint.from_dict({**asdict(reference), "hyperparameters": manifest.hyperparameters, **types})
 
     def _settle(self, timeout: float | None = None) -> None:
         """Collective: end the write that is under way, with one outcome for all ranks."""

@@ -19,7 +19,7 @@ from dataclasses_json import DataClassJsonMixin
 
 from ckpt_core.errors import ArgumentError, CheckpointError, MismatchError
 from ckpt_core.format.manifest import Manifest
-from ckpt_core.hyperparameters import as_dict, plain
+from ckpt_core.hyperparameters import as_dict, exact, plain, restored, types_lost
 from ckpt_core.reference import Reference, refer
 from ckpt_core.store import Checkpoint, open_checkpoint, open_store
 from ckpt_core.urls import local_path
@@ -98,7 +98,9 @@ class PyTorchCheckpoint(DataClassJsonMixin):
             FileNotFoundError: there is none.
         """
         checkpoint = open_checkpoint(url)
-        return cls._referring(refer(checkpoint), dict(checkpoint.manifest.hyperparameters) or None)
+        manifest = checkpoint.manifest
+        values = restored(dict(manifest.hyperparameters), manifest.hyperparameter_types)
+        return cls._referring(refer(checkpoint), values or None)
 
     def save(
         self,
@@ -274,6 +276,7 @@ class PyTorchCheckpoint(DataClassJsonMixin):
         if not (hyperparameters is None or isinstance(hyperparameters, Mapping)):
             raise ArgumentError(f"hyperparameters: expected an object, found a {type(hyperparameters).__name__}.")
         values = None if hyperparameters is None else dict(cast("Mapping[str, Any]", hyperparameters))
+        values = restored(values, document.get("hyperparameter_types"))
         if document.get("url") is None:
             return cls(hyperparameters=values)
         return cls._referring(Reference.parse(document), values)
@@ -354,7 +357,9 @@ class PyTorchCheckpoint(DataClassJsonMixin):
             )
         values = None if self.hyperparameters is None else as_dict(self.hyperparameters)
         reference = asdict(self._reference) if self._reference else Reference.EMPTY
-        return {"hyperparameters": plain(values, "hyperparameters", default, skipkeys=skipkeys), **reference}
+        document = {"hyperparameters": plain(values, "hyperparameters", default, skipkeys=skipkeys)}
+        types = types_lost(values, "hyperparameters")
+        return document | ({} if types is None else {"hyperparameter_types": types}) | reference
 
     def _stored(self) -> Checkpoint:
         if self._reference is None:
@@ -423,6 +428,7 @@ def collect(
         module=_class_name(checkpoint.module),
         optimizer=_class_name(checkpoint.optimizer),
         hyperparameters=plain(as_dict(checkpoint.hyperparameters), "hyperparameters"),
+        hyperparameter_types=types_lost(as_dict(checkpoint.hyperparameters), "hyperparameters"),
         metrics=plain(dict(metrics or {}), "metrics"),
         lineage=plain(dict(lineage or {}), "lineage"),
     )
@@ -431,7 +437,7 @@ def collect(
         checkpoint.module,
         checkpoint.optimizer,
         scheduler,
-        None if trainer is None else plain(dict(trainer), "trainer"),
+        None if trainer is None else exact(dict(trainer), "trainer"),
         None if assets is None else local_path(assets, "assets"),
     )
 

@@ -19,6 +19,7 @@ def make_schema(cls: type[PyTorchCheckpoint], *, infer_missing: bool) -> type[Sc
 
     class CheckpointSchema(Schema):
         hyperparameters = fields.Raw(allow_none=True)
+        hyperparameter_types = fields.Raw(allow_none=True)
         url = fields.Raw(allow_none=True)
         run = fields.Raw(allow_none=True)
         step = fields.Raw(allow_none=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
 from ckpt_core.errors import MismatchError, NotACheckpointError
@@ -66,7 +66,9 @@ def find_dcp(path: Place) -> Place:
     raise NotACheckpointError(f"{path}: no DCP checkpoint in it; {hint}.")
 
 
-def find_prefix(index: Index, names: Iterable[str], where: str, prefix: str | None = None) -> str:
+def find_prefix(
+    index: Index, names: Iterable[str], where: str, prefix: str | None = None, *, values: Collection[str] = ()
+) -> str:
     """Return what the checkpoint's names of a model have before the model's own: `model.`, nothing, or other.
 
     Args:
@@ -76,6 +78,7 @@ def find_prefix(index: Index, names: Iterable[str], where: str, prefix: str | No
         prefix: the user's choice, with or without its last dot; below `model.`, that may be left out. Tensors that are
             not the model's are then left unread. Without a choice, there must be none but what frameworks keep beside
             a model.
+        values: the model's entries that are no tensors, which may consist of some.
 
     Raises:
         MismatchError: no prefix makes the names meet, more than one does, or tensors would be left unread.
@@ -91,7 +94,7 @@ def find_prefix(index: Index, names: Iterable[str], where: str, prefix: str | No
             f"{where}: lacks {len(missing)} of the model's {len(names)} tensors, such as {', '.join(missing[:3])}; it "
             f"holds {', '.join(sorted(stored)[:3])}, ... Is it a checkpoint of this architecture?"
         )
-    left = {p: left_over(index, p, names) for p in complete}
+    left = {p: left_over(index, p, names, values) for p in complete}
     clean = [p for p in complete if not left[p]]
     if len(clean) == 1:
         return clean[0]
@@ -106,11 +109,16 @@ def find_prefix(index: Index, names: Iterable[str], where: str, prefix: str | No
     )
 
 
-def left_over(index: Index, prefix: str, names: Iterable[str]) -> list[str]:
+def left_over(index: Index, prefix: str, names: Iterable[str], values: Collection[str] = ()) -> list[str]:
     """Return the tensors of a checkpoint that are neither the model's nor what frameworks keep beside one."""
     above = prefix[: prefix[:-1].rfind(".") + 1]  # `app.model.` stands beside `app.optimizer.`
     own = {prefix + name for name in names}
-    return [name for name in index.tensors if name not in own and not _is_beside(name.removeprefix(above))]
+    inside = tuple(f"{prefix}{name}." for name in values)
+    return [
+        name
+        for name in index.tensors
+        if name not in own and not name.startswith(inside) and not _is_beside(name.removeprefix(above))
+    ]
 
 
 def _is_beside(name: str) -> bool:

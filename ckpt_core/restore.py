@@ -125,14 +125,14 @@ class ModelPlan:
         index = read_index(directory)
         check_files(directory, index)
         tensors = {name: v for name, v in own.items() if isinstance(v, torch.Tensor) and not _is_extra(name)}
-        found = find_prefix(index, tensors, str(directory), prefix)
+        values = [name for name in own if name not in tensors]
+        found = find_prefix(index, tensors, str(directory), prefix, values=values)
         targets = {name: _checked(index, found + name, tensor, directory) for name, tensor in tensors.items()}
-        unread = left_over(index, found, tensors)
+        unread = left_over(index, found, tensors, values)
         if unread:
             count = len(unread)
             _log.warning("%s: %d tensors are not the model's and stay unread, such as %s", directory, count, unread[0])
-        loose = _loose_paths(index, found, [name for name in own if name not in tensors])
-        plan = cls(state, directory, index, found, own, targets, loose)
+        plan = cls(state, directory, index, found, own, targets, _loose_paths(index, found, values))
         plan.check_values()
         return plan
 

@@ -21,6 +21,7 @@ from safetensors.torch import save as to_safetensors
 from ckpt_core import documents
 from ckpt_core.errors import DamagedError
 from ckpt_core.generators import read_generators
+from ckpt_core.json_types import TYPES_KEY, with_types
 
 if TYPE_CHECKING:
     from ckpt_core.urls import Place
@@ -45,7 +46,9 @@ def load(directory: Place) -> dict[str, Any]:
     """
     path = directory / STATE_NAME
     try:
-        return documents.read_object(path, _MAX_BYTES)
+        state = documents.read_object(path, _MAX_BYTES)
+        types = state.pop(TYPES_KEY, None)
+        return cast("dict[str, Any]", with_types(state, types))
     except (OSError, ValueError) as error:
         raise DamagedError(f"{path}: not readable ({error}); restore a copy or load an older step.") from None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from types import NoneType
 from typing import TYPE_CHECKING, Any, cast
 
 from ckpt_core.errors import DamagedError
@@ -47,6 +48,9 @@ class Manifest:
     """Class of the optimizer."""
 
     hyperparameters: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    hyperparameter_types: list[Any] | None = None
+    """What of their types JSON loses, as `json_types.types_of` tells it; None if nothing."""
+
     metrics: Mapping[str, Any] = field(default_factory=dict[str, Any])
     lineage: Mapping[str, Any] = field(default_factory=dict[str, Any])
     files: Mapping[str, FileRecord] = field(default_factory=dict[str, FileRecord])
@@ -56,7 +60,9 @@ class Manifest:
     """The directory of the step that the files lie below; empty if that is the step's own."""
 
     def __post_init__(self) -> None:
-        json.dumps([self.hyperparameters, self.metrics, self.lineage])  # a TypeError here, not half way
+        json.dumps(
+            [self.hyperparameters, self.hyperparameter_types, self.metrics, self.lineage]
+        )  # a TypeError here, not half way
 
     @property
     def nbytes(self) -> int:
@@ -77,6 +83,8 @@ class Manifest:
         document = {"format_version": FORMAT_VERSION, **asdict(self)}
         if not self.directory:
             del document["directory"]
+        if self.hyperparameter_types is None:
+            del document["hyperparameter_types"]
         return document
 
 
@@ -135,6 +143,7 @@ def _check(manifest: Manifest) -> None:
         "module": str | None,
         "optimizer": str | None,
         "hyperparameters": dict,
+        "hyperparameter_types": (list, NoneType),
         "metrics": dict,
         "lineage": dict,
         "directory": str,

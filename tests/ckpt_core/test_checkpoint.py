@@ -12,6 +12,8 @@ import subprocess
 import sys
 import typing
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +26,7 @@ from dataclasses_json import DataClassJsonMixin
 from small_models import MakeOptimizer, assert_same, forward, layers, snapshot, train
 from torch import nn
 
-from ckpt_core import PyTorchCheckpoint, open_checkpoint, open_store
+from ckpt_core import AsyncSaver, PyTorchCheckpoint, open_checkpoint, open_store
 from ckpt_core.errors import (
     ArgumentError,
     CheckpointError,
@@ -257,6 +259,39 @@ class TestJson:
         }
         assert math.isnan(found["nan"])
         assert {name: found[name] for name in expected} == expected
+
+    def test_tuples_and_keys_that_are_no_text_come_back(self, tmp_path: Path) -> None:
+        """What JSON makes of them is undone, from each form of a reference, and two keys never become one."""
+        given = {
+            "betas": (0.9, [1, (2,)]),
+            "milestones": {5: 0.1, True: {None: ()}, 1.5: [{2: 3}]},
+            "plain": [1, {"a": 2}],
+        }
+        checkpoint = PyTorchCheckpoint(layers(), given).save(tmp_path, step=1)
+        given["plain"].append("later")  # what was saved does not follow the caller's objects
+        expected = {**given, "plain": [1, {"a": 2}]}
+        with AsyncSaver(tmp_path) as saver:
+            saver.save(PyTorchCheckpoint(layers(), expected), step=2)
+        forms = [checkpoint, reread(checkpoint), PyTorchCheckpoint.from_url(str(checkpoint.url)), saver.committed]
+        forms += [PyTorchCheckpoint.schema().loads(checkpoint.to_json()), reread(PyTorchCheckpoint(None, expected))]
+        for form in forms:
+            assert repr(form.hyperparameters) == repr(expected)
+        assert json.loads(checkpoint.to_json())["hyperparameters"]["milestones"]["5"] == 0.1
+        for name in ("hyperparameters", "trainer"):
+            values = {"hyperparameters": {"x": 1}, "trainer": {}, name: {"a": {1: 2, "1": 3}}}
+            twice = PyTorchCheckpoint(layers(), values["hyperparameters"])
+            with pytest.raises(ArgumentError, match=name):
+                twice.save(tmp_path, step=3, trainer=values["trainer"])
+        for types in (
+            [1],
+            ["tuple", []],
+            ["dict", [["x", None]]],
+            ["dict", 3],
+            "dict",
+            ["dict", [["betas", ["tuple", []]]]],
+        ):
+            with pytest.raises(ArgumentError, match="hyperparameter_types"):
+                PyTorchCheckpoint.from_dict({**checkpoint.to_dict(), "hyperparameter_types": types})
 
     def test_each_argument_of_dumps_does_what_it_does_there(self) -> None:
         """The arguments of json.dumps reach it."""
@@ -584,6 +619,17 @@ class Extra(nn.Linear):
         self.extra = state
 
 
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Make a dtype the default one for a while."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 class TestModules:
     """Modules' states."""
 
@@ -709,6 +755,24 @@ class TestTraining:
         assert_same(again.restore(other, rng=True), {"step": 2, "tokens": [1, 2]})
         assert_same(draw(), expected)
 
+    def test_counters_keep_their_types_or_are_refused(self, tmp_path: Path) -> None:
+        """Tuples and number keys come back; what JSON would turn into something else is named."""
+        counters = {"step": 2, "seen": {3: (1, 2), "x": [{1: None}]}, "loss": math.inf, "rate": 0.1}
+        checkpoint = PyTorchCheckpoint(layers()).save(tmp_path, step=1, trainer=counters)
+        assert repr(checkpoint.restore(layers())) == repr(counters)
+        for value in (
+            Color.RED,
+            np.float32(1),
+            {1},
+            {"a": [Pair(1, 0.5)]},
+            {(1,): 2},
+            b"a",
+            1j,
+            datetime.date(2026, 1, 2),
+        ):
+            with pytest.raises(ArgumentError, match="trainer"):
+                PyTorchCheckpoint(layers()).save(tmp_path, step=2, trainer={"x": value})
+
     @pytest.mark.parametrize(
         ("name", "content"), [("state.json", "{"), ("state.json", ""), ("rank_00000.safetensors", "x")]
     )
@@ -804,6 +868,113 @@ class TestStore:
         with pytest.raises(FileNotFoundError):
             PyTorchCheckpoint(layers()).save(tmp_path, step=1, assets=tmp_path / "missing")
         assert list((tmp_path / "default").iterdir()) == []
+
+    def test_what_was_saved_does_not_follow_the_live_objects(self, tmp_path: Path) -> None:
+        """The state dicts of a saved checkpoint are those of its step, whatever the module and optimizer do later."""
+        module = layers()
+        optimizer = torch.optim.AdamW(module.parameters())
+        train(module, optimizer)
+        expected = snapshot(module, optimizer)
+        checkpoint = PyTorchCheckpoint(module, None, optimizer).save(tmp_path, step=1)
+        train(module, optimizer)
+        for form in (checkpoint, reread(checkpoint)):
+            assert_same([form["module_state_dict"], form["optimizer_state_dict"]], expected)
+
+    @pytest.mark.parametrize("damaged", ["model", "optimizer"])
+    def test_a_failed_restore_says_what_it_overwrote(self, tmp_path: Path, damaged: str) -> None:
+        """Damage of the optimizer's state, or a scheduler of another kind, leaves all as it was; of the module, not."""
+        module = layers()
+        optimizer = torch.optim.AdamW(module.parameters())
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3)
+        train(module, optimizer, scheduler)
+        checkpoint = PyTorchCheckpoint(module, None, optimizer).save(tmp_path, step=1, scheduler=scheduler)
+        other = layers(seed=1)
+        fresh = torch.optim.AdamW(other.parameters())
+        before = snapshot(other, fresh)
+        with pytest.raises(MismatchError, match=r"gamma.*T_max"):
+            checkpoint.restore(other, fresh, scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(fresh, 3))
+        fresh.param_groups[0].pop("initial_lr")
+        assert_same(snapshot(other, fresh), before)
+        shard = next((tmp_path / "default" / "step_0000000001" / damaged).glob("*.distcp"))
+        data = bytearray(shard.read_bytes())
+        state = module[0].weight if damaged == "model" else optimizer.state[module[0].weight]["exp_avg"]
+        data[data.find(state.detach().numpy().tobytes())] ^= 1
+        shard.write_bytes(data)
+        with pytest.raises(DamagedError, match="CRC32") as error:
+            checkpoint.restore(other, fresh)
+        if damaged == "model":
+            assert "Overwritten until then: the module's tensors, in part" in str(error.value)
+            assert_same(snapshot(fresh), before[1:])
+        else:
+            assert "verwritten" not in str(error.value)
+            assert_same(snapshot(other, fresh), before)
+
+    def test_a_part_is_restored_with_its_optimizer(self, tmp_path: Path) -> None:
+        """One of two models is chosen by `prefix`, and the optimizer's names with it."""
+        two = nn.ModuleDict({"policy": layers(), "ref": layers(seed=1)})
+        optimizer = torch.optim.AdamW(two["policy"].parameters())
+        train(two["policy"], optimizer)
+        checkpoint = PyTorchCheckpoint(two, None, optimizer).save(tmp_path, step=1)
+        other = layers(seed=2)
+        fresh = torch.optim.AdamW(other.parameters())
+        with pytest.raises(MismatchError, match=r"model\.policy.*model\.ref"):
+            checkpoint.restore(other, fresh)
+        checkpoint.restore(other, fresh, prefix="policy")
+        assert_same(snapshot(other, fresh), snapshot(two["policy"], optimizer))
+
+    @pytest.mark.parametrize("mode", ["default device", "default dtype", "inference mode", "no grad"])
+    def test_the_callers_modes_do_not_matter(self, tmp_path: Path, mode: str) -> None:
+        """With another default device or dtype, or in inference mode, all is saved and restored, and can be trained."""
+        modes: dict[str, Callable[[], Any]] = {
+            "default device": lambda: torch.device("meta"),
+            "default dtype": lambda: default_dtype(torch.float64),
+            "inference mode": torch.inference_mode,
+            "no grad": torch.no_grad,
+        }
+        module = layers()
+        optimizer = torch.optim.AdamW(module.parameters())
+        train(module, optimizer)
+        expected = snapshot(module, optimizer)
+        other, narrow = layers(seed=1), layers(seed=2).bfloat16()
+        fresh = torch.optim.AdamW(other.parameters())
+        with modes[mode]():
+            saved = PyTorchCheckpoint(module, None, optimizer).save(tmp_path, step=1, trainer={"a": 1})
+            with AsyncSaver(tmp_path) as saver:
+                saver.save(PyTorchCheckpoint(module, None, optimizer), step=2)
+                saver.save(PyTorchCheckpoint(module, None, optimizer), step=3)
+            saved.restore(other, fresh, rng=True)
+            saved.restore(narrow)
+            assert_same(saved["module_state_dict"], expected[0])
+        assert_same(snapshot(other, fresh), expected)
+        train(other, fresh)
+
+    def test_modules_that_write_their_state_otherwise(self, tmp_path: Path) -> None:
+        """Keys that are no attributes, and lazy parameters, work as with `load_state_dict`, or are an error."""
+
+        class Quantized(nn.Linear):
+            absmax = torch.ones(2)
+
+            def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+                super()._save_to_state_dict(destination, prefix, keep_vars)
+                destination[prefix + "weight.absmax"] = self.absmax
+                destination[prefix + "weight.kind"] = ("nf4", {4: torch.zeros(1)})
+
+            def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
+                self.absmax = state_dict.pop(prefix + "weight.absmax")
+                self.kind = state_dict.pop(prefix + "weight.kind")
+                super()._load_from_state_dict(state_dict, prefix, *others)
+
+        module, other = (nn.Sequential(Quantized(2, 2)) for _ in range(2))
+        module[0].absmax = torch.arange(2.0)
+        checkpoint = PyTorchCheckpoint(module).save(tmp_path, step=1)
+        checkpoint.restore(other)
+        assert_same(other[0].absmax, module[0].absmax)
+        assert_same(other[0].kind, ("nf4", {4: torch.zeros(1)}))
+        lazy = nn.LazyLinear(2)
+        with pytest.raises(ArgumentError, match="lazy"):
+            PyTorchCheckpoint(lazy).save(tmp_path, step=2)
+        PyTorchCheckpoint(nn.Linear(4, 2)).save(tmp_path, step=2).restore(lazy)
+        assert lazy.weight.shape == (2, 4)
 
     def test_a_reference_to_a_replaced_checkpoint_is_refused(self, tmp_path: Path) -> None:
         """A reference names one checkpoint by digest; another one in its place is not taken for it."""
