@@ -6,6 +6,7 @@
     <store>/<run>/.trash-<id>/manifests.json      the manifests of steps whose files are being deleted
     <store>/<run>/.damaged-step_...-<id>/         set aside by `repair`
     <store>/<run>/.staging, .leases, .locks       see `records`
+    <store>/<run>/.manifests.json                 see `manifest_cache`
 
 There is no rename and no lock. Every `<id>` is named by a manifest, by a note of who writes it, or by one in the trash,
 from before its first byte to after its last: so debris is found without looking at all files. Credentials and endpoint
@@ -24,7 +25,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,9 +38,10 @@ from ckpt_core.errors import (
 )
 from ckpt_core.format.manifest import MANIFEST_NAME, Manifest
 from ckpt_core.retention import Retention
-from ckpt_core.store import debris, objects, records
+from ckpt_core.store import debris, manifest_cache, objects, records
 from ckpt_core.store.checkpoint import Checkpoint, check_sizes, open_remote, read_remote_manifest
 from ckpt_core.store.deletions import Deletions, attempt, not_deleted
+from ckpt_core.store.manifest_cache import ManifestCache
 from ckpt_core.store.names import PINS, check_name, check_step, is_name, parse_step, step_name
 from ckpt_core.store.pins import no_pin, parse_pin, pin_bytes
 from ckpt_core.store.protocol import Pruned, Staging
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
 
     from ckpt_core.urls import Place
 
-Entries = dict[str, dict[str, Any]]
+Entry = dict[str, Any]
 
 _THREADS = 16
 _BATCH = 100
@@ -110,8 +111,7 @@ class RemoteStore:
             raise ArgumentError(f"{url}: a local path; open it with `open_store`.")
         self.root = place
         self._deletions = Deletions()
-        self._manifests: dict[str, tuple[str, Manifest]] = {}
-        """What was read of each step, with the tag that the store gives these bytes: they are not read again."""
+        self._caches: dict[str, ManifestCache] = {}
 
     @property
     def url(self) -> str:
@@ -126,44 +126,33 @@ class RemoteStore:
     def list(self, run: str) -> list[Checkpoint]:
         """Return the committed steps of a run, oldest first; damaged and unreadable ones are left out and logged.
 
-        One listing tells the sizes of all files; only manifests that were not read before are.
+        One listing tells the sizes of all files; only manifests that are not known are read, see `manifest_cache`.
         """
-        found = sorted(((n, e) for n, e in self._entries(run).items() if MANIFEST_NAME in e), key=itemgetter(0))
-        paths = [self._directory(run) / name for name, _ in found]
+        entries = objects.entries_below(self._directory(run))
+        steps = {name: below for name, below in _by_step(entries).items() if MANIFEST_NAME in below}
+        tags = {name: tag for name, below in steps.items() if (tag := _tag(below[MANIFEST_NAME]))}
+        cache = self._caches.setdefault(run, ManifestCache(self._directory(run)))
+        cached = entries.get(manifest_cache.NAME)
+        cache.load(tags, None if cached is None else int(cached["size"]))
+        read: list[str] = []
+
+        def open_step(name: str) -> Checkpoint | None:
+            path, tag = self._directory(run) / name, tags.get(name, "")
+            try:
+                manifest = cache.find(name, tag)
+                if manifest is None:
+                    read.append(name)
+                    manifest = read_remote_manifest(path, int(steps[name][MANIFEST_NAME]["size"]))
+                    if tag:
+                        cache.add(name, tag, manifest)
+                return _check_listed(Checkpoint(path, manifest), steps[name])
+            except (CheckpointError, OSError):
+                return _open_or_skip(path)  # it may have been committed or pruned during the listing: look again
+
         with ThreadPoolExecutor(_THREADS) as pool:
-            opened = pool.map(self._open_listed, paths, [entries for _, entries in found])
-            return [checkpoint for checkpoint in opened if checkpoint is not None]
-
-    def _entries(self, run: str) -> dict[str, Entries]:
-        """Return what the store tells of the objects of each step, by their paths below it."""
-        steps: dict[str, Entries] = {}
-        for path, entry in objects.entries_below(self._directory(run)).items():
-            name, _, below = path.partition("/")
-            if parse_step(name) is not None and below:
-                steps.setdefault(name, {})[below] = entry
-        return steps
-
-    def _open_listed(self, path: UPath, entries: Entries) -> Checkpoint | None:
-        """Return a step, or None if it is damaged, unreadable or gone."""
-        try:
-            checkpoint = Checkpoint(path, self._manifest(path, entries[MANIFEST_NAME]))
-            below = f"{checkpoint.manifest.directory}/" if checkpoint.manifest.directory else ""
-            check_sizes(
-                checkpoint, {n.removeprefix(below): int(e["size"]) for n, e in entries.items() if n.startswith(below)}
-            )
-        except (CheckpointError, OSError):
-            return _open_or_skip(path)  # it may have been committed or pruned during the listing: look again
-        return checkpoint
-
-    def _manifest(self, path: UPath, entry: Mapping[str, Any]) -> Manifest:
-        tag = next((str(entry[key]) for key in ("ETag", "etag", "generation") if entry.get(key)), None)
-        known = self._manifests.get(str(path))
-        if tag is not None and known is not None and known[0] == tag:
-            return known[1]
-        manifest = read_remote_manifest(path, int(entry["size"]))
-        if tag is not None:
-            self._manifests[str(path)] = (tag, manifest)
-        return manifest
+            opened = list(pool.map(open_step, sorted(steps)))
+        cache.save(tags, len(read))
+        return [checkpoint for checkpoint in opened if checkpoint is not None]
 
     def latest(self, run: str) -> Checkpoint | None:
         """Return the newest committed step of a run that is all there, or None."""
@@ -338,6 +327,33 @@ class RemoteStore:
 
     def _is_committed(self, path: UPath) -> bool:
         return objects.exists(path / MANIFEST_NAME)
+
+
+def _by_step(entries: Mapping[str, Entry]) -> dict[str, dict[str, Entry]]:
+    """Return what the store tells of the objects of each step, by their paths below it."""
+    steps: dict[str, dict[str, Entry]] = {}
+    for path, entry in entries.items():
+        name, _, below = path.partition("/")
+        if parse_step(name) is not None and below:
+            steps.setdefault(name, {})[below] = entry
+    return steps
+
+
+def _tag(entry: Entry) -> str | None:
+    """Return what the store tells of an object that changes with its bytes."""
+    return next((str(entry[key]) for key in ("ETag", "etag", "generation") if entry.get(key)), None)
+
+
+def _check_listed(checkpoint: Checkpoint, entries: Mapping[str, Entry]) -> Checkpoint:
+    """Compare a step with the listed sizes of its objects.
+
+    Raises:
+        DamagedError: they differ.
+    """
+    below = f"{checkpoint.manifest.directory}/" if checkpoint.manifest.directory else ""
+    sizes = {name.removeprefix(below): int(e["size"]) for name, e in entries.items() if name.startswith(below)}
+    check_sizes(checkpoint, sizes)
+    return checkpoint
 
 
 def _open_or_skip(path: UPath) -> Checkpoint | None:

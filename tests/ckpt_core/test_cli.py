@@ -231,6 +231,51 @@ def test_prune_keeps_the_best_and_every_nth_and_the_pinned(ckpt: Run, tmp_path: 
     assert ckpt("prune", store, "--keep-last", 1, "--keep-best", 2)[0] == 2
 
 
+def test_prune_deletes_nothing_where_the_request_is_unclear(ckpt: Run, tmp_path: Path) -> None:
+    """Unknown metrics, directions and runs are errors before anything goes, in any run; accuracy is maximised."""
+    store = tmp_path / "store"
+    for run, name in (("a", "accuracy"), ("b", "score")):
+        for step in (1, 2, 3):
+            metrics = {name: 0.9 if step == 1 else 0.1}
+            PyTorchCheckpoint(hyperparameters={"a": 1}).save(store, step=step, run=run, metrics=metrics)
+    best = ("prune", store, "--keep-last", 1, "--keep-best", 1, "--metric")
+    for options, status, text in (
+        ((*best, "acuracy", "--run", "a"), 2, "whether a lower or a higher one is better is not known"),
+        ((*best, "acuracy", "--mode", "max", "--run", "a"), 2, "no step has a finite one"),
+        ((*best, "accuracy"), 2, "run 'b': metric 'accuracy': no step has a finite one"),
+        ((*best, "accuracy", "--mode", "min", "--run", "a"), 2, "a higher accuracy is the better one"),
+        ((*best, "score", "--run", "b"), 2, "say which"),
+        (("prune", store, "--keep-last", 1, "--mode", "max"), 2, "of what"),
+        (("prune", store, "--keep-last", 1, "--run", "c"), 1, "it has a, b"),
+        (("repair", store, "--run", "c"), 1, "it has a, b"),
+        (("prune", tmp_path / "stor", "--keep-last", 1), 1, "no such directory"),
+    ):
+        for dry_run in ((), ("--dry-run",)) if options[0] == "prune" else ((),):
+            found, _, said = ckpt(*options, *dry_run)
+            assert (found, text in said) == (status, True), said
+    assert {run: [c.step for c in open_store(store).list(run)] for run in ("a", "b")} == {
+        "a": [1, 2, 3],
+        "b": [1, 2, 3],
+    }
+    assert ckpt(*best, "accuracy", "--run", "a")[1] == "a: deleted [2]\n"
+
+
+def test_prune_tells_of_an_unsound_step(ckpt: Run, tmp_path: Path) -> None:
+    """The exit status says that not all is well, and older steps stay; a run that is a link is left out."""
+    store = tmp_path / "store"
+    for step in (1, 2, 3):
+        PyTorchCheckpoint(module=layers()).save(store, step=step, run="a")
+    data = store / "a" / "step_0000000003" / "model" / "__0_0.distcp"
+    content = data.read_bytes()
+    data.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    (store / "alias").symlink_to("a")
+    status, out, _ = ckpt("prune", store, "--keep-last", 1)
+    assert status == 1
+    assert out.startswith("a: deleted [1]\n")
+    assert "step 3 was not found to be sound" in out
+    assert len(out.splitlines()) == 2
+
+
 def test_repair_sets_damaged_steps_aside(ckpt: Run, tmp_path: Path) -> None:
     """A step that lacks a file is no longer there afterwards, and what was done is said; then there is no more."""
     store = tmp_path / "store"

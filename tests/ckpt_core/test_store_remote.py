@@ -27,7 +27,7 @@ from ckpt_core.errors import (
 )
 from ckpt_core.format.manifest import MANIFEST_NAME, Manifest, record_bytes
 from ckpt_core.retention import Retention
-from ckpt_core.store import Pruned, debris, objects, open_checkpoint, open_store, records, step_name
+from ckpt_core.store import Pruned, debris, manifest_cache, objects, open_checkpoint, open_store, records, step_name
 from ckpt_core.store.checkpoint import is_newer
 from ckpt_core.store.remote import RemoteStore
 from ckpt_core.testing.store_contract import FILES, NEWEST, RUN, check, commit, everything, fill, steps
@@ -287,30 +287,49 @@ class TestCost:
 
     @pytest.fixture
     def many(self, s3, s3_server):  # noqa: F811
-        """A run of 200 steps."""
-        data, found = b"x", {}
-        for step in range(200):
-            manifest = Manifest(
-                run=RUN, step=step, time="", world_size=1, files={"x": record_bytes(data)}, directory="d"
-            ).to_bytes()
+        """A run of 60 steps."""
+        found = {}
+        for step in range(60):
+            files = {"x": record_bytes(b"x")}
+            manifest = Manifest(run=RUN, step=step, time="", world_size=1, files=files, directory="d")
             base = f"{s3.root.path}/{RUN}/{step_name(step)}"
-            found |= {f"{base}/d/x": data, f"{base}/{MANIFEST_NAME}": manifest}
+            found |= {f"{base}/d/x": b"x", f"{base}/{MANIFEST_NAME}": manifest.to_bytes()}
         s3.root.fs.pipe(found)
         s3_server.requests.clear()
         return s3
 
+    def asked(self, s3_server, ask):  # noqa: F811
+        """Do something; return its result, and how many requests it sent."""
+        s3_server.requests.clear()
+        return ask(), len(s3_server.requests)
+
     def test_many_steps(self, many, s3_server):  # noqa: F811
-        """Steps are listed together, and deleted together."""
-        assert steps(many.list(RUN)) == list(range(200))
-        assert len(s3_server.requests) <= 205
-        s3_server.requests.clear()
-        assert steps(many.list(RUN)) == list(range(200))
-        assert len(s3_server.requests) <= 2
-        s3_server.requests.clear()
-        assert many.prune(RUN, Retention(keep_last=10)) == Pruned(deleted=tuple(range(190)))
-        assert len(s3_server.requests) <= 50
-        assert steps(open_store(many.url).list(RUN)) == list(range(190, 200))
-        assert len(everything(many)) == 20
+        """Steps are listed together, each manifest is read once, whoever lists again; steps are deleted together."""
+        for store, most in ((many, 62), (many, 2), (open_store(many.url), 3)):
+            found, requests = self.asked(s3_server, lambda store=store: store.list(RUN))
+            assert steps(found) == list(range(60))
+            assert requests <= most
+        pruned, requests = self.asked(s3_server, lambda: many.prune(RUN, Retention(keep_last=10)))
+        assert pruned == Pruned(deleted=tuple(range(50)))
+        assert requests <= 50
+        assert steps(open_store(many.url).list(RUN)) == list(range(50, 60))
+        assert len(everything(many)) == 20 + 1
+
+    def test_a_cache_that_is_none(self, s3, monkeypatch):
+        """What is no cache of manifests is not used; nor is what it says of a step that has other bytes now."""
+        monkeypatch.setattr(manifest_cache, "_WORTH_WRITING", 1)
+        monkeypatch.setattr(manifest_cache, "_WORTH_READING", 1)
+        for step in (1, 2):
+            commit(s3, step)
+        s3.list(RUN)
+        place = s3.root / RUN / manifest_cache.NAME
+        stored = objects.read(place)
+        for content in (b"", b"{", b"[]", b"null", b'{"step_0000000001": 1}', b"[" * 100_000):
+            objects.write(place, content)
+            assert steps(open_store(s3.url).list(RUN)) == [1, 2]
+        objects.write(place, stored)
+        objects.write(s3.root / RUN / step_name(1) / MANIFEST_NAME, b"{")
+        assert steps(open_store(s3.url).list(RUN)) == [2]
 
     def test_more_than_a_page(self, s3, monkeypatch):
         """What S3 lists and deletes with several requests is listed and deleted as a whole."""

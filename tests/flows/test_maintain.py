@@ -14,7 +14,7 @@ from prefect.states import State
 from small_retrain import artifacts_of
 
 from ckpt_core import PyTorchCheckpoint, open_store
-from ckpt_core.errors import ArgumentError
+from ckpt_core.errors import ArgumentError, NotACheckpointError
 from ckpt_core.store import CHAMPION
 from flows.maintain import main, maintain
 from tasks import record
@@ -107,6 +107,26 @@ def test_a_best_without_a_newest_is_a_mistake(prefect_home: Path, tmp_path: Path
     """Nothing would be deleted, so what is to stay besides is refused before anything is read."""
     state = maintain(str(tmp_path), keep_best=2, metric="heldout_loss", return_state=True)
     with pytest.raises(ArgumentError, match="keep_last is empty, so nothing is deleted"):
+        state.result()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"keep_last": 1, "keep_best": 1, "metric": "score"}, "is not known; say which"),
+        ({"keep_last": 1, "mode": "max"}, "of what"),
+        ({"mode": "max"}, "keep_last is empty"),
+        ({"store": "nowhere"}, "no such directory"),
+    ],
+)
+def test_an_unclear_request_deletes_nothing(
+    prefect_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], message: str
+):
+    """The flow fails before anything is read."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    state = maintain(**settings, return_state=True)
+    with pytest.raises((ArgumentError, NotACheckpointError), match=message):
         state.result()
 
 

@@ -183,6 +183,15 @@ def test_what_fails_does_not_stop_the_rest(store: Path):
     assert str(store / "a" / "pins" / CHAMPION) in error
 
 
+def test_a_run_that_is_a_link_is_left_alone(store: Path, tmp_path_factory: pytest.TempPathFactory):
+    """It is another store's to keep in order."""
+    other = tmp_path_factory.mktemp("other")
+    (other / "a").symlink_to(store / "a")
+    done = tidied(other, Retention(keep_last=1))
+    assert str(done.left).startswith("a symbolic link")
+    assert steps(store) == [1, 2, 3]
+
+
 def test_a_store_of_objects_is_maintained(memory_store: str):
     """It has no retrains to wait for."""
     commit(memory_store, 1, 2, 3)
