@@ -660,7 +660,9 @@ class TestConvertDcpToHf:
             convert_dcp_to_hf(str(tmp_path / "dcp"), str(tmp_path / "hf"), config, config, True, none)
             assert AutoConfig.from_pretrained(tmp_path / "hf").max_position_embeddings != 256
 
-    @pytest.mark.parametrize("overrides", [{"hidden_size": "wide"}, {"rope_parameters": {"factor": object()}}], ids=str)
+    @pytest.mark.parametrize(
+        "overrides", [{"hidden_size": "wide"}, {"rope_parameters": {"factor": object()}}], ids=["type", "object"]
+    )
     def test_overrides_that_cannot_be_are_refused(self, tmp_path: Path, overrides: dict[str, Any]) -> None:
         """A value that the config does not accept, or JSON does not have, is an ArgumentError."""
         model = model_of("llama")

@@ -43,6 +43,9 @@ class Named:
     def __fspath__(self) -> str | bytes:
         return self._path
 
+    def __repr__(self) -> str:
+        return f"Named({self._path!r})"  # names a test alike in every process
+
 
 REFUSED: dict[str, Any] = {
     "mistyped scheme": "s33://bucket/x",
