@@ -116,6 +116,9 @@ class PyTorchCheckpoint(DataClassJsonMixin):
     ) -> PyTorchCheckpoint:
         """Commit it to a store as one step: all of it, or nothing. Collective.
 
+        Every rank gives the same arguments. What is not sharded must be equal on all ranks, but for buffers, of which
+        rank 0's are saved; see `ckpt_core.io.agreement`.
+
         Args:
             url: the store; the step is committed as `<url>/<run>/step_NNNNNNNNNN`.
             step: its number, which no other step of the run may have.
@@ -131,7 +134,7 @@ class PyTorchCheckpoint(DataClassJsonMixin):
 
         Raises:
             StepExistsError (a FileExistsError): the run has that step; nothing was written.
-            CommitError: not committed, or not surely; the message says which.
+            CommitError: not committed, or not surely; the message says which. So is what the ranks disagree on.
         """
         from ckpt_core import commit, ranks
 
@@ -139,9 +142,13 @@ class PyTorchCheckpoint(DataClassJsonMixin):
             collect, self, run=run, step=step, scheduler=scheduler, trainer=trainer, assets=assets, metrics=metrics,
             lineage=lineage,
         )  # fmt: skip
-        content = ranks.together(lambda: commit.live(described()))
+
+        def write() -> Reference:
+            parts, store = commit.agree(described, lambda: open_store(url))
+            return commit.commit(store, ranks.together(lambda: commit.live(parts)))
+
         saved = PyTorchCheckpoint(self.module, copy.deepcopy(self.hyperparameters), self.optimizer)
-        saved._reference = refer(commit.commit(open_store(url), content))
+        saved._reference = ranks.together(write)
         return saved
 
     def restore(
@@ -175,6 +182,27 @@ class PyTorchCheckpoint(DataClassJsonMixin):
             MismatchError (a ValueError): the state does not fit the objects.
             CheckpointError: there is no such state, or it is damaged or hostile.
         """
+        from ckpt_core import ranks
+
+        given = {"module": module, "optimizer": optimizer, "scheduler": scheduler}
+        facts: dict[str, object] = {name: None if one is None else "given" for name, one in given.items()}
+        facts |= {"rng": rng, "prefix": prefix, "the checkpoint": self._reference and self._reference.digest}
+
+        def restore() -> dict[str, Any]:
+            ranks.agree(facts, "restore")
+            return self._fill(module, optimizer, scheduler=scheduler, rng=rng, prefix=prefix)
+
+        return ranks.together(restore)
+
+    def _fill(
+        self,
+        module: torch.nn.Module | None,
+        optimizer: torch.optim.Optimizer | None,
+        *,
+        scheduler: Any | None,
+        rng: bool,
+        prefix: str | None,
+    ) -> dict[str, Any]:
         from ckpt_core import ranks
         from ckpt_core.restore import ModelPlan, OptimizerPlan, check_records, fill, read_trainer
         from ckpt_core.state import OptimizerState
@@ -414,7 +442,7 @@ def collect(
     Raises:
         ArgumentError: there is nothing to save, or something cannot be written as JSON.
     """
-    from ckpt_core.commit import Parts
+    from ckpt_core.commit import Parts, class_name
 
     if checkpoint.module is None and checkpoint.optimizer is None and checkpoint.url is not None:
         raise ArgumentError(f"{checkpoint.url}: saved already, and nothing of it is in memory; restore it first.")
@@ -425,8 +453,8 @@ def collect(
         step=step,
         time="",
         world_size=1,
-        module=_class_name(checkpoint.module),
-        optimizer=_class_name(checkpoint.optimizer),
+        module=class_name(checkpoint.module),
+        optimizer=class_name(checkpoint.optimizer),
         hyperparameters=plain(as_dict(checkpoint.hyperparameters), "hyperparameters"),
         hyperparameter_types=types_lost(as_dict(checkpoint.hyperparameters), "hyperparameters"),
         metrics=plain(dict(metrics or {}), "metrics"),
@@ -440,7 +468,3 @@ def collect(
         None if trainer is None else exact(dict(trainer), "trainer"),
         None if assets is None else local_path(assets, "assets"),
     )
-
-
-def _class_name(instance: object) -> str | None:
-    return None if instance is None else f"{type(instance).__module__}.{type(instance).__qualname__}"

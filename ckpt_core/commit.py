@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -14,14 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckpt_core import durable, io, ranks, trainer
-from ckpt_core.errors import ArgumentError, CommitError
+from ckpt_core.errors import ArgumentError, CkptError, CommitError
 from ckpt_core.format.manifest import FileRecord, Manifest, record_bytes
+from ckpt_core.reference import refer
 from ckpt_core.state import MODEL_KEY, OPTIMIZER_KEY, ModelState, OptimizerState
 
 if TYPE_CHECKING:
     import torch
 
     from ckpt_core.buffers import HostBuffers
+    from ckpt_core.reference import Reference
     from ckpt_core.store import Checkpoint, Staging, Store
     from ckpt_core.urls import Place
 
@@ -48,6 +51,9 @@ class Parts:
 class Content:
     """What this rank brings to a step; each part may be missing, then on all ranks."""
 
+    world_size: int
+    """The number of ranks that the save began with: the step is whole if all of them write."""
+
     manifest: Manifest
     model: Callable[[], dict[str, Any]] | None
     optimizer: Callable[[], dict[str, Any]] | None
@@ -58,17 +64,45 @@ class Content:
     """A transformers model's own, on rank 0."""
 
     assets: Path | None
+    buffers: frozenset[str]
+    """The flat names of the model's buffers, which may differ between ranks."""
+
+
+def agree(parts: Callable[[], Parts], store: Callable[[], Store]) -> tuple[Parts, Store]:
+    """Collective: return what a save is given, the same on all ranks; the first exchange of a save.
+
+    Raises:
+        CommitError: an argument is missing or another one on a rank; nothing was written.
+    """
+    given, opened = ranks.together(lambda: (parts(), store()))
+    manifest = given.manifest
+    facts: dict[str, object] = {"the store": opened.url, "run": manifest.run, "step": manifest.step}
+    objects = {"module": given.module, "optimizer": given.optimizer, "scheduler": given.scheduler}
+    facts |= {name: class_name(instance) for name, instance in objects.items()}
+    facts |= {"trainer": None if given.trainer is None else "counters", "assets": given.assets and str(given.assets)}
+    documents = {
+        "hyperparameters": manifest.hyperparameters,
+        "metrics": manifest.metrics,
+        "lineage": manifest.lineage,
+        "trainer": given.trainer or {},
+    }
+    for name, document in documents.items():
+        facts |= {f"{name}[{key!r}]": json.dumps(value) for key, value in document.items()}
+    ranks.agree(facts, f"save of step {manifest.step}", CommitError)
+    return given, opened
 
 
 def live(parts: Parts) -> Content:
     """Return what is read from the live objects while it is written: they must not change meanwhile."""
     return Content(
+        ranks.world_size(),
         parts.manifest,
         None if parts.module is None else lambda: _model(parts, offload=True),
         None if parts.optimizer is None else lambda: _optimizer(parts, offload=True),
         None if parts.trainer is None else trainer.content(parts.trainer, ranks.rank()),
         _configs(parts.module) if ranks.rank() == 0 else {},
         parts.assets,
+        frozenset() if parts.module is None else io.buffer_names(parts.module, MODEL_KEY),
     )
 
 
@@ -84,21 +118,40 @@ def stage(parts: Parts, buffers: HostBuffers) -> Content:
     )
 
 
-def commit(store: Store, content: Content, permit: Callable[[], None] | None = None) -> Checkpoint:
+def check_state(content: Content) -> None:
+    """Collective: refuse what was staged if the ranks hold different state; `commit` does the same.
+
+    Raises:
+        CommitError: they do; the message names the entry.
+    """
+    step = f"step {content.manifest.step} of run {content.manifest.run!r}"
+    for key, state in ((MODEL_KEY, content.model), (OPTIMIZER_KEY, content.optimizer)):
+        if state is not None:
+            io.check_state({key: state()}, step, buffers=content.buffers)
+
+
+def commit(store: Store, content: Content, permit: Callable[[], None] | None = None) -> Reference:
     """Collective: write a step and commit it; on any rank's error nothing is committed, and every rank raises.
 
     Args:
         store: where to.
-        content: what to write; run and step are the same on all ranks.
+        content: what to write; the same on all ranks but for the parts of sharded tensors.
         permit: called on every rank when all is written, right before the commit; an error prevents it.
+
+    Returns:
+        The reference to the step.
     """
     run, step = content.manifest.run, content.manifest.step
-    wanted = ranks.gather((run, step))
-    if len(set(wanted)) > 1:
-        raise CommitError(f"the ranks disagree on what they save: {wanted}; nothing was written.")
+    what = f"step {step} of run {run!r}"
+    ranks.agree({"run": run, "step": step, "the number of ranks": content.world_size}, what, CommitError)
     held: list[Staging] = []
 
     def begin() -> Place:
+        if content.world_size != ranks.world_size():
+            raise CommitError(
+                f"{what}: the save began with {content.world_size} ranks, and {ranks.world_size()} are left to write "
+                "it; nothing was written. Save again, with the ranks that there are."
+            )
         held.append(store.stage(run, step))
         return held[0].path
 
@@ -111,21 +164,34 @@ def commit(store: Store, content: Content, permit: Callable[[], None] | None = N
 
         def finish() -> Checkpoint:
             present = {name for name, _ in durable.files_below(staged)}
-            if present != set(files):
-                raise CommitError(f"{staged}: holds {sorted(present)}, the ranks wrote {sorted(files)}; not committed.")
+            if present != set(files) or len(gathered) != content.world_size:
+                raise CommitError(
+                    f"{staged}: holds {sorted(present)}, {len(gathered)} of {content.world_size} ranks wrote "
+                    f"{sorted(files)}; not committed."
+                )
             return held[0].commit(
                 replace(
                     content.manifest,
                     time=datetime.now(UTC).isoformat(timespec="seconds"),
-                    world_size=ranks.world_size(),
+                    world_size=content.world_size,
                     files=dict(sorted(files.items())),
                 )
             )
 
-        return ranks.first(finish)
+        committed = ranks.first(finish)
     finally:
         for staging in held:
             store.release(staging)
+    return ranks.first(lambda: _refer(committed))
+
+
+def _refer(committed: Checkpoint) -> Reference:
+    try:
+        return refer(committed)
+    except (OSError, CkptError) as error:
+        raise CommitError(
+            f"{committed.url}: committed, but it could not be read back: {error}. Open it by its URL once it can."
+        ) from error
 
 
 def _write(staged: Place, content: Content) -> Files:
@@ -133,7 +199,7 @@ def _write(staged: Place, content: Content) -> Files:
     files: Files = {}
     if content.model is not None:
         state = {MODEL_KEY: ranks.together(content.model)}
-        files |= _below("model", io.save(state, staged / "model", twin=True))
+        files |= _below("model", io.save(state, staged / "model", twin=True, buffers=content.buffers))
     if content.optimizer is not None:
         state = {OPTIMIZER_KEY: ranks.together(content.optimizer)}
         files |= _below("optimizer", io.save(state, staged / "optimizer", twin=True))
@@ -157,6 +223,11 @@ def _optimizer(parts: Parts, *, offload: bool) -> dict[str, Any]:
     """Return the optimizer's state by the names of the module's parameters, or by number without a module."""
     assert parts.optimizer is not None
     return OptimizerState(parts.module, parts.optimizer, parts.scheduler).content(offload=offload)
+
+
+def class_name(instance: object) -> str | None:
+    """Return the name of an object's class with its module; None for no object."""
+    return None if instance is None else f"{type(instance).__module__}.{type(instance).__qualname__}"
 
 
 def _configs(module: torch.nn.Module | None) -> dict[str, bytes]:

@@ -60,22 +60,28 @@ def save_checkpoint(
         ValueError: a path is missing for what is to be saved.
         FileExistsError: a path holds a checkpoint or something else; nothing was written.
     """
-    if optimizer is not None and optimizer_path is None:
-        raise ArgumentError("optimizer_path: missing, and there is an optimizer to save; give its directory.")
-    if tokenizer is not None and tokenizer_path is None:
-        raise ArgumentError("tokenizer_path: missing, and there is a tokenizer to save; give its directory.")
-    parts: list[Part] = []
-    if tokenizer is not None:
-        tokenizer_target = _absolute(tokenizer_path, "tokenizer_path")
-        parts.append(Part(tokenizer_target, lambda path: _save_tokenizer(tokenizer, path), shared=True))
-    if optimizer is not None:
-        state = OptimizerState(model, optimizer, scheduler)
-        optimizer_target = _absolute(optimizer_path, "optimizer_path")
-        parts.append(Part(optimizer_target, lambda path: _save_dcp(OPTIMIZER_KEY, state.content, path)))
-    weights = ModelState(model)
-    weights_target = _absolute(weights_path, "weights_path")
-    parts.append(Part(weights_target, lambda path: _save_dcp(MODEL_KEY, weights.content, path)))
-    place(parts)
+
+    def save() -> None:
+        if optimizer is not None and optimizer_path is None:
+            raise ArgumentError("optimizer_path: missing, and there is an optimizer to save; give its directory.")
+        if tokenizer is not None and tokenizer_path is None:
+            raise ArgumentError("tokenizer_path: missing, and there is a tokenizer to save; give its directory.")
+        parts: list[Part] = []
+        if tokenizer is not None:
+            tokenizer_target = _absolute(tokenizer_path, "tokenizer_path")
+            parts.append(Part(tokenizer_target, lambda path: _save_tokenizer(tokenizer, path), shared=True))
+        if optimizer is not None:
+            state = OptimizerState(model, optimizer, scheduler)
+            optimizer_target = _absolute(optimizer_path, "optimizer_path")
+            parts.append(Part(optimizer_target, lambda path: _save_dcp(OPTIMIZER_KEY, state.content, path)))
+        weights, buffers = ModelState(model), io.buffer_names(model, MODEL_KEY)
+        weights_target = _absolute(weights_path, "weights_path")
+        parts.append(Part(weights_target, lambda path: _save_dcp(MODEL_KEY, weights.content, path, buffers)))
+        facts = _given(optimizer=optimizer, scheduler=scheduler, tokenizer=tokenizer)
+        ranks.agree({**facts, "the paths": [str(part.target) for part in parts]}, "save_checkpoint")
+        place(parts)
+
+    ranks.together(save)
 
 
 def load_checkpoint(
@@ -107,16 +113,22 @@ def load_checkpoint(
         ValueError: `optimizer_path` is missing, or the checkpoint is damaged, hostile or of another model.
         FileNotFoundError: there is no checkpoint.
     """
-    if optimizer is not None and optimizer_path is None:
-        raise ArgumentError("optimizer_path: missing, and there is an optimizer to load; give its directory.")
-    source = place_of(weights_path, "weights_path")
-    optimizer_source = None if optimizer is None else place_of(cast("str", optimizer_path), "optimizer_path")
-    weights = ranks.together(lambda: ModelPlan.make(model, find_dcp(source), prefix))
-    state = None
-    if optimizer is not None and optimizer_source is not None:
-        live, path = OptimizerState(model, optimizer, scheduler), optimizer_source
-        state = ranks.together(lambda: OptimizerPlan.make(live, path, weights.part))
-    fill(weights, state, None)
+
+    def load() -> None:
+        if optimizer is not None and optimizer_path is None:
+            raise ArgumentError("optimizer_path: missing, and there is an optimizer to load; give its directory.")
+        source = place_of(weights_path, "weights_path")
+        optimizer_source = None if optimizer is None else place_of(cast("str", optimizer_path), "optimizer_path")
+        weights = ranks.together(lambda: ModelPlan.make(model, find_dcp(source), prefix))
+        facts = {**_given(optimizer=optimizer, scheduler=scheduler), "prefix": prefix}
+        ranks.agree({**facts, "the paths": [str(weights.directory), str(optimizer_source)]}, "load_checkpoint")
+        state = None
+        if optimizer is not None and optimizer_source is not None:
+            live, path = OptimizerState(model, optimizer, scheduler), optimizer_source
+            state = ranks.together(lambda: OptimizerPlan.make(live, path, weights.part))
+        fill(weights, state, None)
+
+    ranks.together(load)
 
 
 def convert_dcp_to_hf(
@@ -196,8 +208,14 @@ def _absolute(path: str | None, argument: str) -> Path:
     return Path(os.path.abspath(local_path(cast("str", path), argument)))  # noqa: PTH100
 
 
-def _save_dcp(key: str, content: Callable[[], dict[str, Any]], path: Path) -> None:
-    io.save({key: ranks.together(content)}, path, digest=False)  # each chunk has its CRC32
+def _given(**arguments: object) -> dict[str, object]:
+    return {name: None if argument is None else "given" for name, argument in arguments.items()}
+
+
+def _save_dcp(
+    key: str, content: Callable[[], dict[str, Any]], path: Path, buffers: frozenset[str] = frozenset()
+) -> None:
+    io.save({key: ranks.together(content)}, path, digest=False, buffers=buffers)  # each chunk has its CRC32
     ranks.first(lambda: durable.sync_tree(path))
 
 

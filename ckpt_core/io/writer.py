@@ -21,6 +21,7 @@ from torch.futures import Future
 
 from ckpt_core import durable
 from ckpt_core.errors import ArgumentError, CommitError, StepExistsError
+from ckpt_core.format.cover import gap_or_overlap
 from ckpt_core.format.digests import ALGORITHM, CACHED_BYTES, crc32, hasher
 from ckpt_core.format.dtypes import ITEMSIZE
 from ckpt_core.format.index import METADATA_NAME, TWIN_NAME, Shape, twin_bytes
@@ -41,7 +42,9 @@ _COPIED_BYTES = 32 << 20
 class DigestWriter(StorageWriter):
     """Writes a DCP directory; `records` then holds size and digest of each file that this rank wrote and digested.
 
-    Never overwrites, flushes to the device, and refuses to finish unless every planned chunk was stored once.
+    Never overwrites, flushes to the device, and refuses to finish unless every planned chunk was stored once and the
+    chunks hold each element of each tensor once. For `use_collectives=False`, which leaves one `.metadata` a rank and
+    so proves nothing of the whole, it is an ArgumentError before anything is written.
 
     Args:
         path: an empty or missing directory, or a URL's prefix, that all ranks share.
@@ -61,8 +64,13 @@ class DigestWriter(StorageWriter):
             self.path = writable_place(checkpoint_id, "checkpoint_id")
         self.records = {}
 
-    def set_up_storage_writer(self, is_coordinator: bool, *_: Any, **__: Any) -> None:
-        """Nothing to set up."""
+    def set_up_storage_writer(self, is_coordinator: bool, *_: Any, **kwargs: Any) -> None:  # noqa: ARG002 - a published signature
+        """Refuse to write without a coordinator."""
+        if not kwargs.get("use_collectives", True):
+            raise ArgumentError(
+                f"{self.path}: use_collectives=False writes one .metadata for each rank, and no rank knows whether the "
+                "checkpoint is whole; nothing was written. Leave use_collectives out."
+            )
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Make the directory; leave the plan as it is."""
@@ -73,7 +81,8 @@ class DigestWriter(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Tell each rank the name of its file."""
+        """Compare what the ranks say of each tensor, and tell each rank the name of its file."""
+        _check_same_tensors(plans)
         for number, plan in enumerate(plans):
             object.__setattr__(plan, "storage_data", f"__{number}_0.distcp")
         return plans
@@ -94,6 +103,7 @@ class DigestWriter(StorageWriter):
         """On the coordinator: compare what was stored with the plan, then write the metadata."""
         stored = [result for rank in results for result in rank]
         _check_complete(metadata, stored)
+        _check_coverage(metadata)
         metadata.storage_data = {result.index: result.storage_data for result in stored}
         for item in metadata.state_dict_metadata.values():
             if isinstance(item, TensorStorageMetadata):
@@ -129,6 +139,7 @@ def _write_item(file: _DigestFile, name: str, item: WriteItem, planner: SavePlan
     if isinstance(data, io.BytesIO):
         file.write(data.getbuffer())
     else:
+        _check_planned(item, data)
         offset = _write_tensor(file, data.detach(), item.index.fqn)
     length = file.size - offset
     return WriteResult(index=item.index, size_in_bytes=length, storage_data=_StorageInfo(name, offset, length))
@@ -176,6 +187,49 @@ def _check_complete(metadata: Metadata, stored: list[WriteResult]) -> None:
             f"the ranks stored {len(found)} chunks, the plan has {len(planned)}; missing {missing[:3]}, not planned "
             f"{extra[:3]}. Nothing was committed: check the disk and the ranks' output, then save again."
         )
+
+
+def _check_same_tensors(plans: list[SavePlan]) -> None:
+    """Compare shape and dtype of each tensor between ranks: DCP takes them from the first one."""
+    seen: dict[str, tuple[int, torch.Size, torch.dtype]] = {}
+    for number, plan in enumerate(plans):
+        for item in plan.items:
+            data = item.tensor_data
+            if data is None:
+                continue
+            first, shape, dtype = seen.setdefault(item.index.fqn, (number, data.size, data.properties.dtype))
+            if (shape, dtype) != (data.size, data.properties.dtype):
+                raise CommitError(
+                    f"{item.index.fqn}: the ranks disagree: {dtype} {tuple(shape)} on rank {first}, "
+                    f"{data.properties.dtype} {tuple(data.size)} on rank {number}; nothing was written. Every rank "
+                    "must hold the same model and optimizer."
+                )
+
+
+def _check_planned(item: WriteItem, tensor: torch.Tensor) -> None:
+    """Compare a part with what the plan, and so the metadata, says of it."""
+    data = item.tensor_data
+    if data is None:
+        return
+    planned = (tuple(data.chunk.sizes), data.properties.dtype)
+    if (tuple(tensor.shape), tensor.dtype) != planned:
+        raise CommitError(
+            f"{item.index.fqn}: this rank's part is {tensor.dtype} {tuple(tensor.shape)}, its place in the whole is "
+            f"{planned[1]} {planned[0]}; the tensor's sharding does not describe it. Nothing was committed."
+        )
+
+
+def _check_coverage(metadata: Metadata) -> None:
+    """Raise unless the chunks of each tensor hold each of its elements once."""
+    for name, item in metadata.state_dict_metadata.items():
+        if not isinstance(item, TensorStorageMetadata):
+            continue
+        fault = gap_or_overlap(tuple(item.size), [(tuple(c.offsets), tuple(c.sizes)) for c in item.chunks])
+        if fault is not None:
+            raise CommitError(
+                f"{name}: {fault}; nothing was committed. Not all ranks that hold a part of it took part in this save: "
+                "save on all of them, within the process group that it was sharded over."
+            )
 
 
 class _DigestFile:

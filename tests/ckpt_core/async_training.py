@@ -6,14 +6,16 @@ import signal
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from gloo_ranks import Outcome, attempt
 from sharded_training import Training, seed_generators
 
-from ckpt_core import AsyncSaver, PyTorchCheckpoint
+from ckpt_core import AsyncSaver, PyTorchCheckpoint, async_save
 from ckpt_core.store import LocalStore
 
 UNLIMITED = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
@@ -148,3 +150,49 @@ def train_until_term(directory: Path, seconds: float, bound: float, ready: Path)
     outcome = attempt(saver.close, bound)
     ready.write_text(outcome.text)
     os._exit(1 if outcome.errors else 143)
+
+
+def begin_group(path: Path) -> None:
+    """Collective: begin a default group of two ranks, at a new file, in place of the one that there is."""
+    rank = int(path.parent.name)
+    store = dist.FileStore(str(path.parent.parent / path.name), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=30))
+
+
+def save_across_groups(directory: Path) -> tuple[list[list[Any]], bool]:
+    """Save with one saver: made without a group, over one that ends meanwhile, over the next one, without a close.
+
+    Returns:
+        The whole states that were saved, and whether each sum of training's own was right while a step was written.
+    """
+    rank = dist.get_rank()
+    dist.destroy_process_group()
+    saver = AsyncSaver(store := HeldStore(directory / "store"), timeout=30)
+    states: list[list[Any]] = []
+    for step in (1, 2):
+        begin_group(directory / str(rank) / f"group_{step}")
+        training = Training(seed=step)
+        training.train(1)
+        saver.save(of(training), **arguments(training, step))
+        states.append(training.whole())
+        sums = [torch.full((5,), float(rank)) for _ in range(50)]
+        store.go.set()
+        for one in sums:
+            dist.all_reduce(one)
+        store.go.clear()
+        if step == 1:
+            dist.destroy_process_group()
+    dist.destroy_process_group()
+    store.go.set()
+    async_save._finish_all()
+    assert saver.committed is not None
+    return states, all(torch.equal(one, torch.ones(5)) for one in sums)
+
+
+def wait_for_term(directory: Path, seconds: float, timeout: float, ready: Path) -> None:
+    """Save, and train until the process is ended from outside."""
+    training = Training(seed=0)
+    saver = AsyncSaver(HeldStore(directory, seconds=seconds), timeout=timeout)
+    saver.save(of(training), **arguments(training, 1))
+    ready.touch()
+    time.sleep(60)

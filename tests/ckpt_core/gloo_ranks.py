@@ -97,4 +97,5 @@ def _run(rank: int, count: int, directory: str, function: Callable[..., Any], ar
     buffer = io.BytesIO()
     torch.save(outcome, buffer)
     sink.send_bytes(buffer.getvalue())
-    dist.destroy_process_group()
+    if dist.is_initialized():  # the function may have ended it
+        dist.destroy_process_group()

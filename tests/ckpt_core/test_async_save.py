@@ -12,7 +12,7 @@ from gloo_ranks import fork, run_ranks, values
 from sharded_training import Training
 from small_models import assert_same
 
-from ckpt_core import AsyncSaver, PyTorchCheckpoint, open_store
+from ckpt_core import AsyncSaver, PyTorchCheckpoint, async_save, open_store
 from ckpt_core.errors import ArgumentError, CommitError
 
 
@@ -216,6 +216,57 @@ def test_term_ends_within_its_bound(tmp_path, seconds, code, committed):
     assert time.monotonic() - began < 6
     assert steps(tmp_path / "store") == committed
     assert ("not committed" in ready.read_text()) == (not committed)
+
+
+def test_a_save_ends_on_the_ranks_that_it_began_on(tmp_path):
+    """Whatever becomes of the default group, before, meanwhile or after, each step has every rank's part."""
+    for rank in ("0", "1"):
+        (tmp_path / rank).mkdir()
+    (states, right), (_, right_too) = values(run_ranks(2, async_training.save_across_groups, tmp_path))
+    assert right
+    assert right_too
+    assert steps(tmp_path / "store") == [1, 2]
+    for step, state in enumerate(states, 1):
+        training = Training(seed=7)
+        checkpoint = PyTorchCheckpoint.from_url(tmp_path / "store" / "default" / f"step_{step:010d}")
+        checkpoint.restore(training.model, training.optimizer, scheduler=training.scheduler)
+        assert_same(training.whole(), state)
+
+
+@pytest.mark.parametrize(("seconds", "timeout", "committed"), [(1.0, 20.0, [1]), (30.0, 0.5, [])], ids=["slow", "late"])
+def test_term_without_a_handler_finishes_a_write(tmp_path, seconds, timeout, committed):
+    """A script that handles no signals ends by TERM, as ever, but finishes what it writes, or gives it up in time."""
+    ready = tmp_path / "ready"
+    process = fork(async_training.wait_for_term, tmp_path / "store", seconds, timeout, ready)
+    while not ready.exists():
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGTERM)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(20)
+    assert process.exitcode == -signal.SIGTERM
+    assert steps(tmp_path / "store") == committed
+
+
+def test_term_is_handled_while_something_is_written(tmp_path):
+    """The handler is there from a save to its end, in no forked child, and takes no other handler's place."""
+    training, store, found = Training(seed=0), HeldStore(tmp_path), [signal.signal(signal.SIGTERM, signal.SIG_DFL)]
+    try:
+        with AsyncSaver(store) as saver:
+            saver.save(of(training), step=1)
+            assert callable(signal.getsignal(signal.SIGTERM))
+            child = os.fork()
+            if child == 0:
+                os._exit(0 if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and not async_save._open else 1)
+            assert os.waitpid(child, 0)[1] == 0
+            store.go.set()
+            saver.wait()
+            assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+            signal.signal(signal.SIGTERM, found.append)
+            saver.save(of(training), step=2)
+            assert signal.getsignal(signal.SIGTERM) == found.append
+        assert signal.getsignal(signal.SIGTERM) == found.append
+    finally:
+        signal.signal(signal.SIGTERM, found[0])
 
 
 def test_memory_is_kept_from_save_to_save(tmp_path):

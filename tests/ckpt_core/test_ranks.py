@@ -37,7 +37,7 @@ def exchange() -> dict[str, Outcome]:
     taken = StepExistsError("step 1 exists")
     odd = UnpicklableError("odd", "one")
     return {
-        "numbers": Outcome((ranks.rank(), ranks.world_size(), ranks.initialized())),
+        "numbers": Outcome((ranks.rank(), ranks.world_size(), ranks.group() is not None)),
         "gather": Outcome(ranks.gather(dist.get_rank() * 10)),
         "each": Outcome(ranks.each(lambda: dist.get_rank() * 2)),
         "together": Outcome(ranks.together(lambda: on_rank(5, taken))),
@@ -78,16 +78,16 @@ def save_by_two(directory: Path) -> list[Any]:
             said += [ranks.rank(), ranks.world_size(), ranks.gather(dist.get_rank()), ranks.first(dist.get_rank)]
             said.append(attempt(ranks.first, lambda: on_rank(1, ValueError("one"))).text)
             said.append(sorted(io.save({"w": torch.ones(2), "v": torch.ones(3)}, directory)))
-    return [*said, ranks.group(), ranks.world_size()]
+    return [*said, ranks.group() is dist.group.WORLD, ranks.world_size()]
 
 
 def test_a_group_acts_alone(tmp_path: Path) -> None:
     """Within a group its ranks are numbered, exchange, fail and save without the others; afterwards all act again."""
     first, second, third = values(run_ranks(3, save_by_two, tmp_path / "dcp"))
-    assert first == [[0, 1, 2], None, 3]
+    assert first == [[0, 1, 2], True, 3]
     common = [2, [1, 2], 1, "one"]
-    assert second == [[0, 1, 2], 0, *common, [".metadata", "__0_0.distcp"], None, 3]
-    assert third == [[0, 1, 2], 1, *common, ["__1_0.distcp"], None, 3]
+    assert second == [[0, 1, 2], 0, *common, [".metadata", "__0_0.distcp"], True, 3]
+    assert third == [[0, 1, 2], 1, *common, ["__1_0.distcp"], True, 3]
     target = {"w": torch.zeros(2), "v": torch.zeros(3)}
     io.load(target, tmp_path / "dcp")
     assert target["w"].tolist() + target["v"].tolist() == [1.0] * 5
@@ -95,7 +95,7 @@ def test_a_group_acts_alone(tmp_path: Path) -> None:
 
 def test_one_process_is_the_only_rank() -> None:
     """Without a process group each function runs here alone, and its error is raised as it is."""
-    assert (ranks.rank(), ranks.world_size(), ranks.initialized()) == (0, 1, False)
+    assert (ranks.rank(), ranks.world_size(), ranks.group() is not None) == (0, 1, False)
     assert ranks.gather("a") == ["a"]
     assert ranks.each(lambda: 1) == [1]
     assert ranks.together(lambda: None) is None
