@@ -84,13 +84,13 @@ def test_a_restore_that_ranks_disagree_on_is_refused(tmp_path: Path) -> None:
         "optimizer": "optimizer",
         "scheduler alone": "scheduler",
         "checkpoint": "the checkpoint",
-        "groups": "optimizer: no saved parameter group",
+        "groups": "the groups are divided otherwise",
         "model": "last",
         "native optimizer": "optimizer",
         "native path": "optimizer_path",
     }
     assert_refused(outcomes, expected)
-    assert [said["interrupt"].errors[0] for said in outcomes] == ["RuntimeError", "KeyboardInterrupt"]
+    assert outcomes[1]["interrupt"].errors[0] == "KeyboardInterrupt"
     assert "KeyboardInterrupt" in outcomes[0]["interrupt"].text
     assert [said["at last"] for said in outcomes] == [Outcome({})] * 2
 
