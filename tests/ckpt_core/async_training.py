@@ -120,7 +120,7 @@ def leave_alone(directory: Path) -> Outcome:
     training = Training(seed=0)
 
     def body() -> None:
-        with AsyncSaver(HeldStore(directory, seconds=0.5), timeout=2) as saver:
+        with AsyncSaver(HeldStore(directory, seconds=0.5), timeout=4) as saver:
             saver.save(of(training), **arguments(training, 1))
             if dist.get_rank() == 1:
                 raise ZeroDivisionError
