@@ -689,6 +689,17 @@ class TestModules:
             checkpoint.restore(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
 
 
+class Table:
+    """Rates by number of a step, which a scheduler keeps as a dict of numbers."""
+
+    def __init__(self) -> None:
+        self.rates = {1: 0.5, 4: 0.25}
+
+    def __call__(self, step: int) -> float:
+        """Return the factor for a step."""
+        return self.rates.get(step, 1.0)
+
+
 def schedulers() -> dict[str, Any]:
     """Return ways to make schedulers, by name."""
     rates = torch.optim.lr_scheduler
@@ -700,6 +711,11 @@ def schedulers() -> dict[str, Any]:
         "sequence": lambda o: rates.SequentialLR(
             o, [rates.LinearLR(o, total_iters=3), rates.CosineAnnealingLR(o, 10)], milestones=[3]
         ),
+        "milestones in a sequence": lambda o: rates.SequentialLR(
+            o, [rates.LinearLR(o, total_iters=2), rates.MultiStepLR(o, [2, 3])], milestones=[2]
+        ),
+        "milestones in a chain": lambda o: rates.ChainedScheduler([rates.LinearLR(o), rates.MultiStepLR(o, [2, 5])]),
+        "table": lambda o: rates.LambdaLR(o, Table()),
     }
 
 

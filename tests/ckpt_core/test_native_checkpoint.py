@@ -365,6 +365,49 @@ class TestOtherWriters:
         stock_load(bare, tmp_path / "w")
         assert_same(bare["model"], dict(saved[0].state_dict()))
 
+    def test_numbers_for_keys_that_plain_dcp_made_text_of_are_numbers_again(self, tmp_path: Path) -> None:
+        """A schedule of milestones within others goes on from what stock DCP saved, by us and by its own `load`."""
+        rates = torch.optim.lr_scheduler
+
+        def make() -> tuple[nn.Module, torch.optim.Optimizer, Any]:
+            model = layers()
+            optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+            return (
+                model,
+                optimizer,
+                rates.ChainedScheduler([rates.LinearLR(optimizer), rates.MultiStepLR(optimizer, [5])]),
+            )
+
+        def go_on(optimizer: torch.optim.Optimizer, scheduler: Any) -> list[float]:
+            found: list[float] = []
+            for _ in range(3):
+                optimizer.step()
+                scheduler.step()
+                found.append(optimizer.param_groups[0]["lr"])
+            return found
+
+        model, optimizer, scheduler = make()
+        go_on(optimizer, scheduler)
+        stock_save({"model": model.state_dict()}, tmp_path / "w")
+        stock_save({"optim": OptimizerState(model, optimizer, scheduler)}, tmp_path / "o")
+        expected = go_on(optimizer, scheduler)
+        assert expected[0] > 5 * expected[-1]
+        other, fresh, restored = make()
+        load_checkpoint(other, str(tmp_path / "w"), fresh, restored, str(tmp_path / "o"))
+        assert go_on(fresh, restored) == expected
+        other, fresh, restored = make()
+        stock_load({"optim": OptimizerState(other, fresh, restored)}, tmp_path / "o")
+        assert go_on(fresh, restored) == expected
+
+    def test_accelerates_optimizer_is_loaded(self, tmp_path: Path) -> None:
+        """An optimizer's state that stands alone under `optimizer`, as Accelerate saves it."""
+        saved = training()
+        stock_save({"model": ModelState(saved[0])}, tmp_path / "w")
+        stock_save({"optimizer": OptimizerState(*saved).state_dict()["optim"]}, tmp_path / "optimizer_0")
+        other = training(steps=0, seed=1)
+        load_checkpoint(other[0], str(tmp_path / "w"), other[1], None, str(tmp_path / "optimizer_0"))
+        assert_same(snapshot(other[1]), snapshot(saved[1]))
+
     def test_what_plain_dcp_saved_is_loaded(self, tmp_path: Path) -> None:
         """Model and optimizer that NeMo-RL's own way of saving wrote come back."""
         saved = training()
