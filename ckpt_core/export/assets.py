@@ -105,7 +105,7 @@ def read_files(directory: Place, *, trust_remote_code: bool = False) -> Assets:
         raise DamagedError(
             f"{directory / TOKENIZER_NAME}: not JSON ({type(error).__name__}: {error}); restore a copy of it."
         ) from None
-    rules = (*carried.rules, *unparsed, *_tokenizer_rules(files, tokenizer), *_generation_rules(files))
+    rules = (*carried.rules, *unparsed, *_tokenizer_rules(files, tokenizer))
     return Assets({}, files, rules, tokens=count_tokens(files, tokenizer))
 
 
@@ -211,8 +211,11 @@ def _tokenizer_rules(files: Mapping[str, bytes], tokenizer: TokenizerFile | None
     return rules
 
 
-def _generation_rules(files: Mapping[str, bytes]) -> list[str]:
-    """Say whether transformers takes a generation config; it need not, for the model to be what it is."""
+def check_generation_config(files: Mapping[str, bytes]) -> list[str]:
+    """Say whether transformers takes a generation config; it need not, for the model to be what it is.
+
+    This imports torch, which reading the assets of an adapter does not need.
+    """
     data = files.get(GENERATION_CONFIG_NAME)
     if data is None:
         return []

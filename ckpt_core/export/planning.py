@@ -14,7 +14,7 @@ from ckpt_core.export.adapter_config import adapter_config
 from ckpt_core.export.adapter_merge import plan_merged
 from ckpt_core.export.adapter_plan import plan_adapter
 from ckpt_core.export.architecture import Architecture, choose_class
-from ckpt_core.export.assets import Assets
+from ckpt_core.export.assets import Assets, check_generation_config
 from ckpt_core.export.names import Table
 from ckpt_core.export.plan import MoreRowsError, Plan, TrimRule, make_plan
 from ckpt_core.export.quantization import check_no_scales, without_quantization
@@ -115,7 +115,8 @@ def _plan_model(make: Callable[[Mapping[str, Any], TrimRule], Plan], assets: Ass
             where=where,
         )
     config, dropped = without_quantization(plan.config, {o.name: o.dtype for o in plan.outputs}, where)
-    return replace(plan, config=config, rules=(*plan.rules, *rules, *dropped))
+    rules += [*dropped, *check_generation_config(assets.files)]
+    return replace(plan, config=config, rules=(*plan.rules, *rules))
 
 
 def _trim_rule(assets: Assets) -> TrimRule:
