@@ -302,9 +302,13 @@ def test_convert_makes_an_export(ckpt: Run, place: Path, tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
     status, out, _ = ckpt("convert", step_of(place), tmp_path / "one")
     assert (status, out.startswith(f"{tmp_path / 'one'}: LlamaForCausalLM, ")) == (0, True)
+    rules = json.loads((tmp_path / "one" / "export.json").read_text())["rules"]
+    assert out.splitlines()[1:] == [f"  rule: {rule}" for rule in rules]
+    assert planned["rules"] == rules
     status, out, _ = ckpt("convert", place / "dcp", tmp_path / "two", "--model", place / "config", "--json")
     facts = json.loads(out)
     assert (status, facts["architecture"], facts["path"]) == (0, "LlamaForCausalLM", str(tmp_path / "two"))
+    assert facts["rules"] == json.loads((tmp_path / "two" / "export.json").read_text())["rules"]
     assert "tokenizer.json" in facts["files"]
     assert facts["startup_s"] > 0 < facts["write_s"]
     assert ckpt("convert", step_of(place), tmp_path / "three", "--model", place / "config")[0] == 0
@@ -332,10 +336,16 @@ def test_converts_options_do_what_they_say(ckpt: Run, place: Path, tmp_path: Pat
     assert ckpt("convert", place / "dcp", tmp_path / "words", "--model", bare, *words)[0] == 0
     assert (tmp_path / "words" / "tokenizer.json").exists()
     other = tokenizer()
-    other.add_tokens(["<other>"])
+    other.add_special_tokens({"eos_token": "w7"})
     other.save_pretrained(tmp_path / "other")
     assert ckpt("convert", source, tmp_path / "other words", "--tokenizer", tmp_path / "other")[0] == 0
-    assert "<other>" in (tmp_path / "other words" / "tokenizer.json").read_text()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "other words" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
+    other.add_tokens(["<beyond the rows>"])
+    other.save_pretrained(tmp_path / "other")
+    status, _, err = ckpt("convert", source, tmp_path / "too many words", "--tokenizer", tmp_path / "other")
+    assert (status, "token ids up to 40" in err) == (1, True)
+    assert not (tmp_path / "too many words").exists()
     model = model_of("llama tied")
     torch.nn.init.constant_(model.model.norm.weight, float("inf"))
     save_checkpoint(model, str(tmp_path / "inf"))
