@@ -22,6 +22,7 @@ from ckpt_core.format.manifest import Manifest
 from ckpt_core.hyperparameters import as_dict, exact, plain, restored, types_lost
 from ckpt_core.reference import Reference, refer
 from ckpt_core.store import Checkpoint, open_checkpoint, open_store
+from ckpt_core.store.names import check_name, check_step
 from ckpt_core.urls import local_path
 
 if TYPE_CHECKING:
@@ -449,8 +450,8 @@ def collect(
     if scheduler is not None and checkpoint.optimizer is None:
         raise ArgumentError("save: a scheduler's state goes with its optimizer's; give the checkpoint one.")
     manifest = Manifest(
-        run=run,
-        step=step,
+        run=check_name("run", run),
+        step=check_step(step),
         time="",
         world_size=1,
         module=class_name(checkpoint.module),

@@ -10,14 +10,14 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, overload
 
 import xxhash
 
-from ckpt_core.errors import CommitError, StepExistsError
+from ckpt_core.errors import CommitError, StepExistsError, with_remedy
 
 if TYPE_CHECKING:
     from upath import UPath
@@ -59,6 +59,19 @@ class Sink(Protocol):
         ...
 
 
+@contextmanager
+def explained(path: Path) -> Generator[None]:
+    """Name the path in an error of the system, and what can be done about it; the class of the error stays.
+
+    Raises:
+        OSError: in place of the error of the system.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise with_remedy(error, path) from error.__cause__
+
+
 def create(place: Place) -> Sink:
     """Begin a file that must not exist yet."""
     return LocalSink(place) if isinstance(place, Path) else RemoteSink(place)
@@ -68,12 +81,15 @@ class LocalSink:
     """A new file on a local file system; a link in its place is not followed."""
 
     def __init__(self, path: Path) -> None:
-        self.handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        self._path = path
+        with explained(path):
+            self.handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
 
     def write(self, data: memoryview) -> None:
         """Append all of `data`."""
-        while data:
-            data = data[os.write(self.handle, data) :]
+        with explained(self._path):
+            while data:
+                data = data[os.write(self.handle, data) :]
 
     def skip(self, nbytes: int) -> None:
         """Go on after bytes that the kernel put at the end of what was written."""
@@ -81,7 +97,8 @@ class LocalSink:
 
     def seal(self) -> None:
         """Flush to the device, and close."""
-        os.fsync(self.handle)
+        with explained(self._path):
+            os.fsync(self.handle)
         self.close()
 
     def close(self) -> None:
@@ -257,7 +274,8 @@ def make_directory(path: Path) -> None:
     if path.is_dir():
         return
     make_directory(path.parent)
-    path.mkdir(exist_ok=True)
+    with explained(path):
+        path.mkdir(exist_ok=True)
     sync_directory(path.parent)
 
 

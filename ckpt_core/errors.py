@@ -19,6 +19,24 @@ CkptError
 Each message says where, what was found, what was expected and what to do; each error survives pickling.
 """
 
+import errno
+import os
+
+_REMEDIES = {
+    errno.ENOSPC: "make room there, or give a directory on another disk",
+    errno.EDQUOT: "your quota there is used up: make room, or give a directory elsewhere",
+    errno.EFBIG: "the file system or a limit of this process allows no larger file",
+    errno.EROFS: "the file system is mounted read-only: give a directory elsewhere",
+    errno.EACCES: "this user has no right to do that: ask the owner, or give a directory elsewhere",
+    errno.EPERM: "this user has no right to do that: ask the owner, or give a directory elsewhere",
+    errno.ENAMETOOLONG: "file systems take 255 bytes a name, and 4,096 a path: give a shorter one",
+    errno.ELOOP: "its symbolic links lead to each other: remove one",
+    errno.EIO: "the disk or the network file system failed: check it, and copy what can still be read",
+    errno.ESTALE: "the network file system lost it: mount that again",
+    errno.EMFILE: "this process has too many files open: raise `ulimit -n`",
+}
+"""What a user can do about an error of the system."""
+
 
 class CkptError(Exception):
     """The root: catch this to catch all of them."""
@@ -78,3 +96,25 @@ class HubConflictError(HubError):
 
 class HubContentError(HubError):
     """What the Hub serves is not what was sent."""
+
+
+def describe(error: OSError) -> str:
+    """Return a sentence for an error of the system: where, what, and what to do."""
+    if error.errno is None:
+        return str(error) or type(error).__name__
+    where = "" if error.filename is None else f"{_text(error.filename)}: "
+    remedy = _REMEDIES.get(error.errno)
+    return f"{where}{os.strerror(error.errno)}{'; ' + remedy if remedy else ''}."
+
+
+def _text(filename: object) -> str:
+    return os.fsdecode(filename) if isinstance(filename, bytes) else str(filename)
+
+
+def with_remedy(error: OSError, path: object) -> OSError:
+    """Return an error of the same class that names a path, and what to do about it; one that does already as it is."""
+    remedy = _REMEDIES.get(error.errno or 0)
+    if remedy is None or (error.strerror or "").endswith(remedy):
+        return error
+    where = str(path) if error.filename is None else error.filename
+    return OSError(error.errno, f"{os.strerror(error.errno or 0)}; {remedy}", where, None, error.filename2)

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, is_dataclass
+from functools import partial
 from typing import Any, cast
 
 from dataclasses_json.core import _ExtendedEncoder  # pyright: ignore[reportPrivateUsage] - what its to_json uses
@@ -15,6 +16,9 @@ from dataclasses_json.core import _ExtendedEncoder  # pyright: ignore[reportPriv
 from ckpt_core import json_types
 from ckpt_core.errors import ArgumentError
 from ckpt_core.json_types import TYPES_KEY
+
+_MOST_LEVELS = 100
+"""How deep values may be nested: readers recurse, and so do other programs that read the JSON."""
 
 
 def as_dict(hyperparameters: Any) -> dict[str, Any]:
@@ -26,7 +30,10 @@ def as_dict(hyperparameters: Any) -> dict[str, Any]:
     if isinstance(hyperparameters, tuple) and hasattr(hyperparameters, "_fields"):
         return cast("Any", hyperparameters)._asdict()
     if is_dataclass(hyperparameters) and not isinstance(hyperparameters, type):
-        return asdict(hyperparameters)
+        try:
+            return asdict(hyperparameters)
+        except RecursionError:
+            raise ArgumentError("hyperparameters: nested without end, or contain themselves.") from None
     raise ArgumentError(
         f"hyperparameters: expected a dict, a NamedTuple or a dataclass instance, found {type(hyperparameters)!r}."
     )
@@ -87,11 +94,73 @@ def plain(value: Any, what: str, default: Callable[..., Any] | None = None, *, s
     """Return `value` in JSON types only; `default` and `skipkeys` are those of `json.dumps`.
 
     Raises:
-        ArgumentError (a ValueError): it holds what JSON cannot; the message begins with `what`.
+        ArgumentError (a ValueError): it holds what JSON cannot; the message begins with the key below `what`.
     """
+    encode = partial(json.dumps, cls=_Encoder, default=default, skipkeys=skipkeys)
     try:
-        return json.loads(json.dumps(value, cls=_Encoder, default=default, skipkeys=skipkeys))
-    except (TypeError, ValueError) as error:
+        made = json.loads(encode(value), object_pairs_hook=_unambiguous)
+        _check_depth(made)
+    except (TypeError, ValueError, RecursionError) as error:
+        where, reason = _culprit(value, what, encode)
         raise ArgumentError(
-            f"{what}: {error}; give numbers, text, lists and dicts, or `default=` to to_json."
+            f"{where}: {reason or error}; give numbers, text, lists and dicts, or `default=` to to_json."
         ) from None
+    return made
+
+
+def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object, unless two of a dict's keys, such as 1 and "1", are one in JSON."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"two keys are {twice!r} as JSON")
+    return made
+
+
+def _check_depth(value: Any) -> None:
+    """Check that readers, which recurse, can take a value."""
+    level, depth = [value], 0
+    while level:
+        if depth > _MOST_LEVELS:
+            raise ValueError(f"nested more than {_MOST_LEVELS} levels deep")
+        level = [child for parent in level for _, child in _children(parent) if isinstance(child, list | dict)]
+        depth += 1
+
+
+def _children(value: Any) -> list[tuple[str, Any]]:
+    """Return what is in a container, by the text that leads to it."""
+    if isinstance(value, Mapping):
+        return [(f".{key}", child) for key, child in cast("Mapping[Any, Any]", value).items()]
+    if isinstance(value, list | tuple):
+        return [(f"[{place}]", child) for place, child in enumerate(cast("list[Any]", value))]
+    return []
+
+
+def _culprit(value: Any, what: str, encode: Callable[[Any], str]) -> tuple[str, str | None]:
+    """Return where in a value the part is that JSON cannot hold, and, if the encoder's own error does not tell, why."""
+    path, top, above = what, what, {id(value)}
+    for _ in range(_MOST_LEVELS):
+        for step, child in _children(value):
+            if id(child) in above:
+                return path + step, "contains itself"
+            reason = _refusal(child, encode)
+            if reason is not None:
+                value, path = child, path + step
+                top = path if top == what else top
+                above.add(id(child))
+                break
+        else:
+            return path, _refusal(value, encode)
+    return top, f"nested more than {_MOST_LEVELS} levels deep"
+
+
+def _refusal(value: Any, encode: Callable[[Any], str]) -> str | None:
+    """Return why a value cannot be JSON; None if it can."""
+    try:
+        _check_depth(json.loads(encode(value), object_pairs_hook=_unambiguous))
+    except RecursionError:
+        return f"nested more than {_MOST_LEVELS} levels deep"
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return None

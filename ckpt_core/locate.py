@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Collection, Iterable
-from typing import TYPE_CHECKING
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from ckpt_core.errors import MismatchError, NotACheckpointError
 from ckpt_core.format.index import METADATA_NAME, Index
@@ -14,6 +17,9 @@ if TYPE_CHECKING:
     from ckpt_core.urls import Place
 
 _log = logging.getLogger(__name__)
+
+_HINT_LEVELS, _HINT_DIRECTORIES, _HINT_ENTRIES = 4, 100, 1000
+"""How far a search for a hint goes: levels, directories in all, and entries of each."""
 
 MODEL_LEVELS = (
     "model",                      # a committed step of ours; NeMo-RL v2
@@ -61,9 +67,34 @@ def find_dcp(path: Place) -> Place:
         return found[0]
     if found:
         raise NotACheckpointError(f"{path}: several checkpoints below it: {', '.join(map(str, found))}; give one.")
-    below = sorted(p.parent for p in path.glob("*/**/" + METADATA_NAME)) if path.is_dir() else []
-    hint = f"there is one at {below[0]}" if below else "give the directory that holds .metadata and *.distcp files"
+    if not path.exists():
+        raise NotACheckpointError(f"{path}: no such file or directory; give a directory with a checkpoint.")
+    below = _first_below(path)
+    hint = f"there is one at {below}" if below else "give the directory that holds .metadata and *.distcp files"
     raise NotACheckpointError(f"{path}: no DCP checkpoint in it; {hint}.")
+
+
+def _first_below(path: Place) -> Place | None:
+    """Return a DCP directory below one, for a hint, if a short search finds one: it may be a root, or a bucket."""
+    level = [path] if path.parent != path else []
+    visited = 0
+    for _ in range(_HINT_LEVELS):
+        children: list[Place] = []
+        for directory in level[: _HINT_DIRECTORIES - visited]:
+            visited += 1
+            with suppress(OSError):
+                entries = cast("Iterable[Place]", islice(directory.iterdir(), _HINT_ENTRIES))
+                children += [entry for entry in entries if _is_directory(entry)]
+        level = sorted(children)
+        for directory in level[:_HINT_DIRECTORIES]:
+            with suppress(OSError):
+                if (directory / METADATA_NAME).exists():
+                    return directory
+    return None
+
+
+def _is_directory(entry: Place) -> bool:
+    return entry.is_dir() and not (isinstance(entry, Path) and entry.is_symlink())
 
 
 def find_prefix(

@@ -15,7 +15,9 @@ class Bar:
     def __enter__(self) -> Bar:
         from tqdm import tqdm
 
-        self._bar: Any = tqdm(total=0, unit="B", unit_scale=True, file=sys.stderr, disable=not sys.stderr.isatty())
+        self._bar: Any = tqdm(
+            total=0, unit="B", unit_scale=True, file=sys.stderr, disable=sys.stderr is None or not sys.stderr.isatty()
+        )
         self._startup_s: float | None = None
         self._began = time.perf_counter()
         return self

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckpt_core.cli.bar import Bar
-from ckpt_core.cli.command import Answer, Commands
+from ckpt_core.cli.command import Answer, Commands, parse_size, parse_workers
 from ckpt_core.errors import ArgumentError
 from ckpt_core.workers import count_workers, share_heap
 
@@ -19,22 +18,10 @@ if TYPE_CHECKING:
     from ckpt_core.export.plan import Output, Plan
     from ckpt_core.urls import Place
 
-_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)B?", re.IGNORECASE)
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-
 
 def add_commands(commands: Commands) -> None:
     """Add the command that makes exports."""
     _add_convert(commands.add("convert", _convert, "make a Hugging Face directory of a DCP checkpoint"))
-
-
-def parse_size(text: str) -> int:
-    """Return the bytes that a size such as `5GB` or `200MB` names (powers of ten)."""
-    match = _SIZE.fullmatch(text.strip())
-    size = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
-    if size <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a size such as 5GB or 200MB")
-    return size
 
 
 def _add_convert(convert: argparse.ArgumentParser) -> None:
@@ -48,7 +35,9 @@ def _add_convert(convert: argparse.ArgumentParser) -> None:
     convert.add_argument("--max-shard-size", type=parse_size, default="5GB", metavar="5GB")
     convert.add_argument("--plan", action="store_true", help="print what would be written, and write nothing")
     convert.add_argument("--names", metavar="FILE", help="a table of names to drop or rename, as JSON")
-    convert.add_argument("--workers", type=int, metavar="N", help="files written at once; default: one a core")
+    convert.add_argument(
+        "--workers", type=parse_workers, metavar="N", help="files written at once; default: one a core"
+    )
     convert.add_argument(
         "--no-digest",
         dest="digest",

@@ -6,8 +6,7 @@ import argparse
 from typing import Any
 
 from ckpt_core.cli.bar import Bar
-from ckpt_core.cli.command import Answer, Commands
-from ckpt_core.cli.exports import parse_size
+from ckpt_core.cli.command import Answer, Commands, parse_size, parse_workers
 
 
 def add_commands(commands: Commands) -> None:
@@ -18,7 +17,9 @@ def add_commands(commands: Commands) -> None:
     importing.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="cast floating-point tensors")
     importing.add_argument("--max-file-size", type=parse_size, default="1GB", metavar="1GB")
     importing.add_argument("--names", metavar="FILE", help="a table of names to drop or rename, as JSON")
-    importing.add_argument("--workers", type=int, metavar="N", help="files written at once; default: one a core")
+    importing.add_argument(
+        "--workers", type=parse_workers, metavar="N", help="files written at once; default: one a core"
+    )
     importing.add_argument("--allow-nonfinite", action="store_true", help="accept NaN and Inf")
     importing.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
 

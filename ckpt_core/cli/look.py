@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from ckpt_core.cli.bar import Bar
-from ckpt_core.cli.command import Answer, Commands
+from ckpt_core.cli.command import Answer, Commands, parse_share
 
 if TYPE_CHECKING:
     from ckpt_core.diff import TensorDiff
@@ -25,18 +25,6 @@ def add_commands(commands: Commands) -> None:
     diff = commands.add("diff", _diff, "compare two checkpoints or exports, tensor by tensor; exit 1 if they differ")
     diff.add_argument("a", metavar="A", help="a path or URL")
     diff.add_argument("b", metavar="B", help="a path or URL")
-
-
-def parse_share(text: str) -> float:
-    """Return the share that `5%` or `0.05` names."""
-    percent = text.strip().endswith("%")
-    try:
-        share = float(text.strip().removesuffix("%")) / (100 if percent else 1)
-    except ValueError:
-        share = 0.0
-    if not 0 < share <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a share such as 5% or 0.05")
-    return share
 
 
 def _inspect(options: argparse.Namespace) -> Answer:

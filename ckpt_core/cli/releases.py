@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckpt_core.cli.bar import Bar
-from ckpt_core.cli.command import Answer, Commands
+from ckpt_core.cli.command import Answer, Commands, parse_finite, parse_port, write_json, write_lines
 from ckpt_core.errors import ArgumentError
 from ckpt_core.evaluation import METRICS
 
@@ -37,7 +36,7 @@ def add_commands(commands: Commands) -> None:
         help="publish only what is better on it than what is served: text (a file, directory or glob), or token rows",
     )
     publish.add_argument("--metric", choices=METRICS, help="default: bits_per_byte on text, heldout_loss on tokens")
-    publish.add_argument("--margin", type=float, default=0.0, metavar="X", help="by how much it must be better")
+    publish.add_argument("--margin", type=parse_finite, default=0.0, metavar="X", help="by how much it must be better")
     _add_endpoint(publish)
     rollback = commands.add("rollback", _roll_back, "serve an earlier release again, by a new commit")
     rollback.add_argument("where", metavar="REPO_ID", help="or a directory's path or a URL")
@@ -46,7 +45,7 @@ def add_commands(commands: Commands) -> None:
     hub = commands.add_group("hub", "the local Hub server")
     serve = hub.add("serve", _serve_hub, "serve the repositories in a directory, as the Hub does")
     serve.add_argument("directory", nargs="?", default="runs/hub", metavar="DIR")
-    serve.add_argument("--port", type=int, default=0, metavar="N", help="default: a free one")
+    serve.add_argument("--port", type=parse_port, default=0, metavar="N", help="default: a free one")
 
 
 def _add_endpoint(command: argparse.ArgumentParser) -> None:
@@ -121,7 +120,10 @@ def _serve_hub(options: argparse.Namespace) -> None:
     def ready(server: HubServer) -> None:
         facts = {"endpoint": server.endpoint, "directory": str(server.directory)}
         text = f"serving {server.directory} at {server.endpoint}; use it with HF_ENDPOINT={server.endpoint}"
-        print(json.dumps(facts) if options.json else text, flush=True)  # noqa: T201 - the answer, before it blocks
+        if options.json:  # the answer, before it blocks
+            write_json(facts)
+        else:
+            write_lines([text])
 
     serve(options.directory, port=options.port, ready=ready)
 

@@ -78,7 +78,7 @@ def convert(directory: Place, target: Place, *, assets: Assets, **settings: Unpa
     from_afar = isinstance(work.target, Path) and not isinstance(directory, Path)  # what is sent is buffered in parts
     workers = settings.get("workers") or count_workers(remote=from_afar)
     check_target(directory, work.target, overwrite=settings.get("overwrite", False))
-    with work.held(), _given_up(work), disk_errors(work.target):
+    with disk_errors(work.target), work.held(), _given_up(work), disk_errors(work.target):
         _begin(work, directory, assets, settings)
         work.write_all(workers, settings.get("progress"))
         _finish(work, overwrite=settings.get("overwrite", False))
@@ -131,7 +131,7 @@ def begin_conversion(directory: Place, target: Place, *, assets: Assets, **setti
     """
     work, directory = work_on(target), place_of(directory, "directory")
     check_target(directory, work.target, overwrite=settings.get("overwrite", False))
-    with work.held(), _given_up(work, after=False), disk_errors(work.target):
+    with disk_errors(work.target), work.held(), _given_up(work, after=False), disk_errors(work.target):
         _begin(work, directory, assets, settings)
     return work.undone
 
@@ -139,7 +139,7 @@ def begin_conversion(directory: Place, target: Place, *, assets: Assets, **setti
 def convert_shard(target: Place, name: str) -> None:
     """Write one file of a conversion that was begun, unless that is done; several processes may at once."""
     work = work_on(target)
-    with work.shared(), disk_errors(work.target):
+    with disk_errors(work.target), work.shared():
         work.write(name, lambda _: None)
 
 
@@ -151,7 +151,7 @@ def finish_conversion(target: Place, *, overwrite: bool = False) -> Export:
         ExportExistsError (a FileExistsError): `target` exists.
     """
     work = work_on(target)
-    with work.held():
+    with disk_errors(work.target), work.held():
         work.check_done()
         with _given_up(work), disk_errors(work.target):
             _finish(work, overwrite=overwrite)

@@ -100,7 +100,7 @@ def import_hf(
     identities = {file: identity_of(weights.place / file) for file in weights.files}
     intake = plan_intake(weights, assets.config, dtype=dtype, table=table)
     root = target.with_name(f".importing-{target.name}")
-    with scratch.held(root, target), disk_errors(target):
+    with disk_errors(target), scratch.held(root, target):
         check_free(target, overwrite=overwrite)  # now that nobody else is at it
         try:
             scratch.clear(root)

@@ -58,7 +58,7 @@ def read_table(path: AnyPath) -> Table:
     path = local_path(path, "names")
     try:
         return _parse(**json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError, re.error) as error:
+    except (OSError, ValueError, TypeError, RecursionError, re.error) as error:
         raise ArgumentError(
             f"{path}: not a table of names ({error}); expected "
             '{"drop": [PATTERN, ...], "rename": [[PATTERN, REPLACEMENT], ...]}.'

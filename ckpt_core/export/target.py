@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckpt_core import durable
-from ckpt_core.errors import ArgumentError, ExportError, ExportExistsError, StepExistsError
+from ckpt_core.errors import ArgumentError, ExportError, ExportExistsError, StepExistsError, describe
 from ckpt_core.format.manifest import MANIFEST_NAME
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ckpt_core.urls import Place
 
 _log = logging.getLogger(__name__)
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def check_target(directory: Place, target: Place, *, overwrite: bool) -> None:
@@ -147,7 +147,9 @@ def _delete(path: Path) -> None:
 
 @contextmanager
 def disk_errors(target: Place) -> Generator[None]:
-    """Say what a full disk, or one that failed, means; an object store's errors say it themselves.
+    """Say what a target that is full, failed or may not be written to means; errors of other files stay as they are.
+
+    An object store's errors say it themselves.
 
     Raises:
         ExportError: in place of the error of the system.
@@ -155,9 +157,17 @@ def disk_errors(target: Place) -> Generator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL or not isinstance(target, Path):
+        if not isinstance(target, Path) or not _is_about(error, target):
             raise
-        raise ExportError(
-            f"{target}: {os.strerror(error.errno)} while it was written; nothing is left of it. Make room, or give a "
-            "directory on another disk."
-        ) from error
+        raise ExportError(f"{target}: could not be written, and nothing is left of it: {describe(error)}") from error
+
+
+def _is_about(error: OSError, target: Path) -> bool:
+    """Whether an error of the system is about a target, or what is made beside it, and not about what is read."""
+    if error.errno is None or isinstance(error, FileNotFoundError | FileExistsError):
+        return False
+    if error.filename is None:  # of a copy by the kernel, which fails by lack of room at the target alone
+        return error.errno in _FULL
+    path, parent = os.fsdecode(str(error.filename)), target.parent
+    own = (target, parent / f".converting-{target.name}", parent / f".importing-{target.name}")
+    return any(Path(path).is_relative_to(each) for each in own)

@@ -9,8 +9,8 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Protocol
 
-from ckpt_core.durable import file_size, file_system
-from ckpt_core.errors import DamagedError
+from ckpt_core.durable import explained, file_size, file_system
+from ckpt_core.errors import DamagedError, with_remedy
 from ckpt_core.format.digests import CACHED_BYTES
 
 if TYPE_CHECKING:
@@ -66,7 +66,10 @@ def read_into(source: Source, offset: int, buffer: memoryview, where: str) -> No
     """
     done = 0
     while done < len(buffer):
-        count = source.read_at(offset + done, buffer[done:])
+        try:
+            count = source.read_at(offset + done, buffer[done:])
+        except OSError as error:
+            raise with_remedy(error, where) from error.__cause__
         if count == 0:
             raise DamagedError(
                 f"{where}: ends before byte {offset + len(buffer)}, where the metadata says that data lies; the file "
@@ -93,11 +96,14 @@ class LocalSource(_Closing):
     block_bytes = CACHED_BYTES
 
     def __init__(self, path: Path) -> None:
-        self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._path = path
+        with explained(path):
+            self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def read_at(self, offset: int, buffer: memoryview) -> int:
         """Read bytes from `offset` on into `buffer`; return how many."""
-        return os.preadv(self._handle, [buffer], offset)
+        with explained(self._path):
+            return os.preadv(self._handle, [buffer], offset)
 
     def copy_to(self, offset: int, count: int, target: int, place: int) -> None:
         """Have the kernel copy bytes to the open file `target`, which may come to share them with this one.
@@ -106,9 +112,16 @@ class LocalSource(_Closing):
             DamagedError: the file ends before that.
         """
         while count:
-            copied = _copy(self._handle, target, min(count, _COPY_BYTES), offset, place)
+            try:
+                copied = _copy(self._handle, target, min(count, _COPY_BYTES), offset, place)
+            except OSError as error:
+                if error.errno != errno.EIO:  # which of both files it is about is not told: that one is mostly read
+                    raise
+                raise with_remedy(error, self._path) from None
             if copied == 0:
-                raise DamagedError(f"ends before byte {offset + count}; it is cut short: restore a copy of it.")
+                raise DamagedError(
+                    f"{self._path}: ends before byte {offset + count}; it is cut short: restore a copy of it."
+                )
             offset, place, count = offset + copied, place + copied, count - copied
 
     def close(self) -> None:

@@ -30,6 +30,7 @@ from ckpt_core.io.containers import unpack
 from ckpt_core.io.nesting import nest
 from ckpt_core.io.reader import SafeLoadPlanner, SafeReader, load_value
 from ckpt_core.io.writer import DigestWriter
+from ckpt_core.urls import place_of
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.storage import WriteResult
@@ -141,6 +142,7 @@ def check_state(state_dict: dict[str, Any], where: str, *, buffers: Collection[s
 
 def read_state(directory: Place, device: str = "cpu") -> dict[str, Any]:
     """Read all that a DCP directory holds, whatever it is, as the nested dict that was saved, in its order."""
+    directory = place_of(directory, "directory")
     index = read_index(directory)
     check_files(directory, index)
     flat: dict[str, Any] = {

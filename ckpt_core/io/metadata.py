@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import NoReturn, cast
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo  # pyright: ignore[reportPrivateUsage] - the format
@@ -20,6 +20,19 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from ckpt_core.format.index import Chunk, Index, Span, TensorEntry
+
+
+class FailedMetadata(Metadata):
+    """Metadata that could not be read: whoever looks into it gets the error.
+
+    A loader of torch logs an error of `read_metadata` with its traceback, and raises another one, without its class.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise self.error
 
 
 def to_index(metadata: Metadata) -> Index:

@@ -22,14 +22,14 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from ckpt_core.errors import DamagedError, MismatchError, UntrustedError
+from ckpt_core.errors import CkptError, DamagedError, MismatchError, UntrustedError
 from ckpt_core.format import pickles
 from ckpt_core.format.chunks import locate_chunk
 from ckpt_core.format.index import Chunk, Index, Shape, Span, check_files, read_index
 from ckpt_core.format.source import Source, open_source, read_into
 from ckpt_core.format.zips import read_all
 from ckpt_core.io.chunks import read_box
-from ckpt_core.io.metadata import to_metadata
+from ckpt_core.io.metadata import FailedMetadata, to_metadata
 from ckpt_core.urls import is_reachable, place_of
 from ckpt_core.workers import in_parallel
 
@@ -58,14 +58,26 @@ class SafeReader(StorageReader):
             self.path, self.index = place_of(checkpoint_id, "checkpoint_id"), None
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        """Read what the directory holds, without running its pickle."""
-        if self.index is None:
-            self.index = read_index(self.path)
-        check_files(self.path, self.index)
+        """Read what the directory holds, without running its pickle.
+
+        An error comes when the metadata is looked at, or at the latest from `set_up_storage_reader`.
+        """
+        try:
+            if self.index is None:
+                self.index = read_index(self.path)
+            check_files(self.path, self.index)
+        except (CkptError, OSError) as error:
+            return FailedMetadata(error)
         return to_metadata(self.index)
 
-    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *_: Any, **__: Any) -> None:
-        """Nothing to set up: each rank read the metadata itself."""
+    def set_up_storage_reader(self, metadata: Metadata, *_: Any, **__: Any) -> None:
+        """Nothing to set up: each rank read the metadata itself.
+
+        Raises:
+            CheckpointError: it could not.
+        """
+        if isinstance(metadata, FailedMetadata):
+            raise metadata.error
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Leave the plan as it is."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 import re
+from typing import SupportsIndex
 
 from ckpt_core.errors import ArgumentError
 
 MAX_STEP = 10**10 - 1
+_SHOWN_BITS = 256
 STAGING, TRASH, DAMAGED = ".staging-", ".trash-", ".damaged-"
 """What begins the names of directories that are no checkpoints."""
 
@@ -50,17 +53,25 @@ def check_name(kind: str, name: str) -> str:
     Raises:
         ArgumentError: it could lead elsewhere, or hide.
     """
-    if not is_name(name):
+    if not (isinstance(name, str) and is_name(name)):  # pyright: ignore[reportUnnecessaryIsInstance] - it is a user's
         raise ArgumentError(f"{kind} {name!r}: expected 1 to 64 letters, digits, '.', '_' or '-', no '.' first.")
     return name
 
 
-def check_step(step: int) -> int:
-    """Return the number of a step.
+def check_step(step: SupportsIndex) -> int:
+    """Return the number of a step, which may be any integer type's, such as numpy's.
 
     Raises:
-        ArgumentError: its name could not hold it.
+        ArgumentError: it is no integer, or a step's name could not hold it.
     """
-    if not 0 <= step <= MAX_STEP:
-        raise ArgumentError(f"step {step}: expected 0 to {MAX_STEP}.")
-    return step
+    if isinstance(step, bool) or "bool" in str(getattr(step, "dtype", "")):
+        raise ArgumentError(f"step {step}: a truth value; expected an integer from 0 to {MAX_STEP}.")
+    try:
+        number = operator.index(step)
+    except TypeError:
+        kind = type(step).__name__
+        raise ArgumentError(f"step {step!r:.40}: of type {kind}; expected an integer from 0 to {MAX_STEP}.") from None
+    if not 0 <= number <= MAX_STEP:
+        shown = number if number.bit_length() < _SHOWN_BITS else f"of {number.bit_length()} bits"
+        raise ArgumentError(f"step {shown}: expected 0 to {MAX_STEP}.")
+    return number

@@ -17,8 +17,7 @@ from small_models import layers
 from small_transformers import config_directory, model_of, tokenizer
 
 from ckpt_core import PyTorchCheckpoint, cli, open_store
-from ckpt_core.cli.exports import parse_size
-from ckpt_core.cli.look import parse_share
+from ckpt_core.cli.command import parse_share, parse_size
 from ckpt_core.native_checkpoint import save_checkpoint
 
 Run = Callable[..., tuple[int, str, str]]

@@ -1,5 +1,6 @@
 """A conversion as work: resumed, shared out, watched, copied by the kernel, and stopped when the source changes."""
 
+import errno
 import hashlib
 import json
 import os
@@ -27,6 +28,7 @@ from ckpt_core.export import (
 )
 from ckpt_core.export.names import Table, read_table
 from ckpt_core.format.index import read_index
+from ckpt_core.format.source import LocalSource
 from ckpt_core.hub import publish
 from ckpt_core.verify import verify
 
@@ -310,3 +312,58 @@ def _used(mount: Path) -> int:
     os.sync()
     status = os.statvfs(mount)
     return (status.f_blocks - status.f_bfree) * status.f_frsize
+
+
+class TestDisks:
+    """Which of the two disks an error names, and what becomes of what was done."""
+
+    @pytest.mark.parametrize("named", [True, False], ids=["with a file name", "without"])
+    def test_a_source_that_fails_is_named_and_the_work_goes_on(
+        self, tmp_path: Path, llama: tuple[Path, Assets], monkeypatch: pytest.MonkeyPatch, named: bool
+    ) -> None:
+        """An EIO of the checkpoint's file is an OSError about that; the next conversion does the rest."""
+        target, settings = tmp_path / "out" / "export", {"max_shard_bytes": 4000, "workers": 1}
+        reads, read = [0], LocalSource.read_at
+
+        def failing(source: LocalSource, offset: int, buffer: memoryview) -> int:
+            reads[0] += 1
+            if reads[0] > 100:
+                raise OSError(errno.EIO, os.strerror(errno.EIO), *([str(source._path)] if named else []))
+            return read(source, offset, buffer)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(LocalSource, "read_at", failing)
+            with pytest.raises(OSError, match=r"__0_0\.distcp") as caught:
+                convert(llama[0], target, assets=llama[1], **settings)
+        assert not isinstance(caught.value, errors.ExportError)
+        assert caught.value.errno == errno.EIO
+        assert str(target) not in str(caught.value)
+        done = list((target.parent / ".converting-export" / "done").iterdir())
+        assert done
+        convert(llama[0], target, assets=llama[1], **settings)
+        assert list(target.parent.iterdir()) == [target]
+
+    @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+    def test_a_target_that_fails_is_named_and_nothing_is_left(
+        self, tmp_path: Path, llama: tuple[Path, Assets], monkeypatch: pytest.MonkeyPatch, number: int
+    ) -> None:
+        """An error of the files that are written is an ExportError about the target, with a remedy."""
+        target, write = tmp_path / "out" / "export", os.write
+
+        def failing(handle: int, data: Any) -> int:
+            if "model-0" in str(Path(f"/proc/self/fd/{handle}").readlink()):
+                raise OSError(number, os.strerror(number))
+            return write(handle, data)
+
+        monkeypatch.setattr(os, "write", failing)
+        with pytest.raises(errors.ExportError, match="could not be written, and nothing is left of it") as caught:
+            convert(llama[0], target, assets=llama[1], max_shard_bytes=4000, workers=1)
+        assert str(caught.value).startswith(f"{target}: ")
+        assert f"{os.strerror(number)}; " in str(caught.value)
+        assert list(target.parent.iterdir()) == []
+
+    def test_a_target_that_may_not_be_made(self, tmp_path: Path, llama: tuple[Path, Assets]) -> None:
+        """A name that no file system takes is an error about the target before anything is written."""
+        with pytest.raises(errors.ExportError, match="255 bytes"):
+            convert(llama[0], tmp_path / ("x" * 250), assets=llama[1])
+        assert list(tmp_path.iterdir()) == []
