@@ -68,7 +68,7 @@ def find_dcp(path: Place) -> Place:
     if found:
         raise NotACheckpointError(f"{path}: several checkpoints below it: {', '.join(map(str, found))}; give one.")
     if not path.exists():
-        raise NotACheckpointError(f"{path}: no such file or directory; give a directory with a checkpoint.")
+        raise NotACheckpointError(f"{path}: no DCP checkpoint, and no such directory; give one that is there.")
     below = _first_below(path)
     hint = f"there is one at {below}" if below else "give the directory that holds .metadata and *.distcp files"
     raise NotACheckpointError(f"{path}: no DCP checkpoint in it; {hint}.")
