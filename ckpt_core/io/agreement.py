@@ -32,6 +32,9 @@ Part = tuple[str, tuple[int, ...]]
 """A part of a tensor: the tensor's name, and where in it the part begins."""
 
 _SCALARS = frozenset({bool, int, float, complex, str, bytes, type(None)})
+_SHOWN = 60
+"""As many characters of a value as a message shows; a longer one is told from others by its digest."""
+
 _WHOLE_BYTES = 1 << 20
 _SAMPLE_BYTES = 1 << 14
 _log = logging.getLogger(__name__)
@@ -113,7 +116,7 @@ def _describe(flat: Mapping[str, Any], buffers: frozenset[str]) -> tuple[Facts, 
     loose: Facts = {}
     for name, value in sorted(flat.items()):
         if not isinstance(value, torch.Tensor):
-            strict[name] = f"{type(value).__name__} {_value(value)} of content {_content(value, name)}"
+            strict[name] = _value_facts(value, _content(value, name))
             continue
         sharded = isinstance(value, (DTensor, ShardedTensor))
         kind = "a sharded tensor" if sharded else "a tensor"
@@ -129,9 +132,12 @@ def _describe(flat: Mapping[str, Any], buffers: frozenset[str]) -> tuple[Facts, 
     return strict, loose
 
 
-def _value(value: object) -> str:
-    text = repr(value) if isinstance(value, (bool, int, float, str, list, tuple)) else ""
-    return text if len(text) <= 60 else f"{text[:60]}..."  # noqa: PLR2004 - enough to tell one from another
+def _value_facts(value: object, content: str) -> str:
+    """Return what tells a value from another: its text where that is short and says all, else its digest."""
+    kind = type(value).__name__
+    entries = cast("list[object]", value) if type(value) in {list, tuple} else [value]
+    text = repr(value) if all(type(entry) in _SCALARS for entry in entries[:_SHOWN]) else ""
+    return f"{kind} {text}" if text and len(text) <= _SHOWN else f"{kind} of content {content}"
 
 
 def _digest_of(facts: Facts) -> str:
