@@ -1,4 +1,4 @@
-"""Every model class of transformers that can be made small: exported, loaded, imported, exported again, compared."""
+"""Every model class of transformers that can be built small: exported, imported, exported again, compared, loaded."""
 
 import shutil
 import traceback
@@ -54,6 +54,7 @@ LISTED: dict[str, tuple[str, str]] = {
 """Classes that do not come out equal, by design or by transformers' own doing: the step, and why."""
 
 SHARES = 24
+WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Outcome:
 
 
 def round_trip(cls: type[PreTrainedModel], directory: Path) -> Outcome:
-    """Save a small model, export it, load and import the export, and export that again."""
+    """Save a small model, export it, import and load the export, and export that again."""
     directory.mkdir()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -104,6 +105,11 @@ def _steps(model: PreTrainedModel, expected: Path, directory: Path) -> Iterator[
     for checkpoint in (dcp, imported):
         found = diff(checkpoint, export)
         yield "diff", "" if found.equal else str(found.counts)
+    own = save_pretrained(model, directory / "own", save_original_format=False)
+    if (own / WEIGHTS).read_bytes() != (expected / WEIGHTS).read_bytes():
+        yield "import of its own names", ""
+        found = diff(import_hf(own, directory / "imported own").path, imported)
+        yield "import of its own names", "" if found.equal else str(found.counts)
     yield "reload", ""
     yield "reload", reloaded(model, export)
 
