@@ -13,6 +13,7 @@ from ckpt_core.durable import file_size
 from ckpt_core.errors import DamagedError, MismatchError, NotACheckpointError
 from ckpt_core.export.assets import Assets, read_assets, read_files
 from ckpt_core.export.carried import CONFIG_NAME, EXPORT_NAME
+from ckpt_core.export.weight_conversions import RECORD_NAME
 
 if TYPE_CHECKING:
     from ckpt_core.urls import Place
@@ -35,7 +36,7 @@ _ONLY_NAMED = frozenset({"alora_invocation_tokens", "layer_replication", "lora_b
 _LEAVING_OUT = ("exclude_modules", "layers_to_transform", "layers_pattern")
 """Fields because of which a module that is named may have no factors."""
 
-_NOT_CARRIED = frozenset({CONFIG_NAME, EXPORT_NAME, "generation_config.json", "trainer_state.json"})
+_NOT_CARRIED = frozenset({CONFIG_NAME, EXPORT_NAME, RECORD_NAME, "generation_config.json", "trainer_state.json"})
 
 _OFF: tuple[Any, ...] = (None, False, "none", [], {})
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from ckpt_core.errors import MismatchError
 from ckpt_core.export.foreign import foreign_errors
 from ckpt_core.export.recipe import Recipe, copy_of
-from ckpt_core.export.weight_conversions import DEFAULT_FORM, FileForm
+from ckpt_core.export.weight_conversions import DEFAULT_FORM, FileForm, record_of
 from ckpt_core.format import dtypes
 from ckpt_core.format.index import Shape
 
@@ -62,6 +62,9 @@ class Architecture:
 
     config: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """The config as `save_pretrained` writes it, but for the class's name and the type of the weights."""
+
+    record: bytes | None = None
+    """The conversions that the model's file needed, and its export undoes, if they are not the default ones."""
 
     def as_stored(self) -> Architecture:
         """Return the same model seen from the names of its export: some frameworks save under those."""
@@ -135,10 +138,15 @@ def choose_class(
     if config.get("architectures"):
         return _matched(names[0], config, match, dtype, forms)[1]
     fitting: list[tuple[Any, str, T]] = []
+    remediable: MismatchError | None = None
     for name in names:
-        with suppress(MismatchError):
+        try:
             distance, result = _matched(name, config, match, dtype, forms)
             fitting.append((distance, name, result))
+        except MismatchError as error:
+            remediable = remediable or (error if type(error) is not MismatchError else None)
+    if remediable and not fitting:
+        raise remediable
     nearest = [each for each in fitting if each[0] == min(distance for distance, *_ in fitting)]
     if len(nearest) == 1:
         return nearest[0][2]
@@ -291,6 +299,7 @@ def _describe(cls: Any, config: Any, dtype: str | None, form: FileForm) -> Archi
         order=_order([name for name in state if name in parameters], recipes),
         tokens=_tokens(model),
         config=json.loads(written),
+        record=record_of(model),
     )
 
 

@@ -9,6 +9,7 @@ import copy
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -27,6 +28,8 @@ from ckpt_core.export.vocabulary import (
     count_tokens,
     read_tokenizer,
 )
+from ckpt_core.export.weight_conversions import RECORD_NAME, record_of
+from ckpt_core.hf_weights import has_weights, read_weights
 from ckpt_core.urls import is_url, place_of
 
 if TYPE_CHECKING:
@@ -85,7 +88,15 @@ def read_assets(directory: Place, *, trust_remote_code: bool = False) -> Assets:
         )
     config, rules = _without_code(_parse_config(path), path, trust_remote_code=trust_remote_code)
     rest = read_files(directory, trust_remote_code=trust_remote_code)
-    return replace(rest, config=config, rules=(*rules, *rest.rules))
+    return replace(rest, config=config, rules=(*rules, *rest.rules), names=_weight_names(directory))
+
+
+def _weight_names(directory: Place) -> tuple[str, ...]:
+    """Return the names of the tensors in the weights next to a config, from which its model was loaded."""
+    if isinstance(directory, Path) and has_weights(directory):  # elsewhere each file's header would be a request
+        with suppress(CkptError, OSError):  # of no use here; who wants these weights is told what is wrong with them
+            return tuple(read_weights(directory).tensors)
+    return ()
 
 
 def read_files(directory: Place, *, trust_remote_code: bool = False) -> Assets:
@@ -253,6 +264,8 @@ def write_configs(module: Any, directory: Path) -> None:
     config.architectures = [architecture_name(module)]
     config.dtype = str(module.dtype).removeprefix("torch.")
     config.save_pretrained(directory)
+    if record := record_of(module):
+        (directory / RECORD_NAME).write_bytes(record)
     if module.can_generate():
         # Not `save_pretrained`, which refuses values that nothing but generation is concerned with: a step that
         # cannot be saved for them would be lost.

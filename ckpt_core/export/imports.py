@@ -28,6 +28,7 @@ from ckpt_core.export.names import Table
 from ckpt_core.export.shard import Identity, identity_of
 from ckpt_core.export.stored import HfStored
 from ckpt_core.export.target import check_free, check_target, disk_errors, give_name
+from ckpt_core.export.weight_conversions import RECORD_NAME
 from ckpt_core.export.work import Progress, Tally
 from ckpt_core.export.write import check_same
 from ckpt_core.format.index import Span
@@ -159,7 +160,8 @@ class _Writing:
 def _write_assets(directory: Path, assets: Assets, intake: Intake) -> None:
     directory.mkdir(parents=True)
     durable.write_new(directory / CONFIG_NAME, config_bytes(intake.config, intake.architecture, intake.dtype))
-    for name, data in assets.files.items():
+    files = {**assets.files, RECORD_NAME: intake.record} if intake.record else assets.files
+    for name, data in files.items():
         durable.make_parents(directory / name)
         durable.write_new(directory / name, data)
 

@@ -53,6 +53,9 @@ class Intake:
     dtype: str
     """The type that `config.json` names."""
 
+    record: bytes | None
+    """The conversions that the file needed, if they are not the default ones."""
+
     @property
     def nbytes(self) -> int:
         """Size of all tensors in bytes."""
@@ -125,6 +128,7 @@ def plan_intake(
         (*rules, *dropped),
         written,
         config_dtype(architecture, exported),
+        architecture.record,
     )
 
 

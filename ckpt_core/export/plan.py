@@ -177,6 +177,7 @@ def make_plan(
     rules = [*names.rules]
     rules += [f"tied: {target} is {source}, stored once" for target, source in sorted(ties.items())]
     rules += [source.trimmed for source in sources.values() if source.trimmed]
+    rules += ["names: in the form of the file that the model was loaded from"] if architecture.record else []
     rules += rearranged(architecture.recipes)
     rules += cast_rules(outputs)
     used = {name: index.tensors[name] for stored in twins.values() for name in stored}

@@ -55,8 +55,8 @@ def _default(model: Any) -> list[Any]:
     return [c for c in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(c, PrefixChange)]
 
 
-def _needed(model: Any, names: Collection[str]) -> list[Any]:
-    """Return the conversions that transformers uses when it loads tensors of these names."""
+def _needed(model: Any, names: Collection[str]) -> list[Any] | None:
+    """Return the conversions that transformers uses to load tensors of these names; None if most are of no model."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -64,9 +64,12 @@ def _needed(model: Any, names: Collection[str]) -> list[Any]:
     renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
     converters = [each for each in conversions if isinstance(each, WeightConverter)]
     state = model.state_dict()
+    loaded = 0
     for name in sorted(names, key=dot_natural_key):  # one conversion may depend on what another has seen
-        rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-    return [each for each in conversions if each.was_used()]
+        renamed, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        loaded += renamed in state or name in state
+    # The file next to a config may be an adapter's, or another model's.
+    return [each for each in conversions if each.was_used()] if 2 * loaded > len(names) else None
 
 
 def _recorded(model: Any, record: bytes) -> list[Any] | None:

@@ -28,10 +28,12 @@ from small_transformers import (
     save_pretrained,
     tokenizer,
 )
+from tiny_models import small_config, small_model
 from tracing import CHANGING, NAMING, can_trace, kill_everywhere
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ckpt_core import PyTorchCheckpoint, errors, io, open_checkpoint
+from ckpt_core.diff import diff
 from ckpt_core.export import Assets, convert, convert_checkpoint, plan_export, read_export
 from ckpt_core.export.assets import fetch_assets, read_assets
 from ckpt_core.export.imports import import_hf
@@ -547,6 +549,40 @@ class TestSources:
         """Weights next to a model, and anything within it that it does not have, are a MismatchError."""
         directory = save_states({**model_of("llama").state_dict(), **other}, tmp_path / "dcp")
         refused(errors.MismatchError, "does not have", directory, llama[1], tmp_path / "out" / "export")
+
+    @pytest.mark.parametrize(
+        ("name", "front"),
+        [("CLIPTextModel", "text_model."), ("SiglipVisionModel", "vision_model."), ("mixtral", None), ("llava", None)],
+    )
+    def test_the_form_of_the_file_that_a_model_was_loaded_from(
+        self, tmp_path: Path, name: str, front: str | None
+    ) -> None:
+        """A model that was loaded is exported as save_pretrained saves it: in the names of its file, old or new."""
+        hub = tmp_path / "hub"
+        if front is None:
+            save_pretrained(model_of(name), hub, save_original_format=False)
+        else:
+            cls = getattr(transformers, name)
+            save_pretrained(small_model(cls, small_config(cls)), hub)
+            state = {front + tensor: value for tensor, value in load_file(hub / WEIGHTS).items()}
+            save_file(state, hub / WEIGHTS, metadata={"format": "pt"})
+        cls = getattr(transformers, read_json(hub / "config.json")["architectures"][0])
+        model = cls.from_pretrained(hub)
+        expected = (save_pretrained(model, tmp_path / "expected") / WEIGHTS).read_bytes()
+        assert (hub / WEIGHTS).read_bytes() == expected
+        directory, own = checkpoint_of(model, tmp_path / "saved")
+        for number, assets in enumerate((own, read_assets(hub), fetch_assets(str(hub)))):
+            export = convert(directory, tmp_path / f"export {number}", assets=assets)
+            assert (export.path / WEIGHTS).read_bytes() == expected
+            assert "names: in the form of the file that the model was loaded from" in export.rules
+            assert not (export.path / "weight_conversions.json").exists()
+        made = import_hf(hub, tmp_path / "imported").path
+        back = convert(made, tmp_path / "back", assets=read_assets(made / "assets"))
+        assert (back.path / WEIGHTS).read_bytes() == expected
+        assert diff(directory, back.path).equal
+        others = Assets(own.config, {"weight_conversions.json": b'["no longer there"]'})
+        usual = convert(directory, tmp_path / "usual", assets=others).path
+        assert (usual / WEIGHTS).read_bytes() != expected
 
     def test_a_class_that_fsdp_renamed(self, tmp_path: Path, llama: tuple[Path, Assets]) -> None:
         """A config that was saved of a live FSDP2 model names the class that transformers has."""
