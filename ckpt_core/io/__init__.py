@@ -113,6 +113,7 @@ def _save_within(state_dict: dict[str, Any], writer: DigestWriter, planner: Defa
 
     def local_plan() -> SavePlan:
         planner.set_up_planner(state_dict, writer.storage_meta(), ranks.rank() == 0)
+        writer.set_up_storage_writer(ranks.rank() == 0, rank=ranks.rank())
         return writer.prepare_local_plan(planner.create_local_plan())
 
     def global_plans(plans: list[SavePlan]) -> list[SavePlan]:

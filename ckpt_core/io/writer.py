@@ -57,6 +57,7 @@ class DigestWriter(StorageWriter):
         self.path = writable_place(path, "path")
         self.records: dict[str, FileRecord] = {}
         self._twin, self._digest = twin, digest
+        self._rank = 0
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin a save."""
@@ -65,12 +66,16 @@ class DigestWriter(StorageWriter):
         self.records = {}
 
     def set_up_storage_writer(self, is_coordinator: bool, *_: Any, **kwargs: Any) -> None:  # noqa: ARG002 - a published signature
-        """Refuse to write without a coordinator."""
+        """Refuse to write without a coordinator; note which rank this is.
+
+        A plan that says so would not do: with `enable_plan_caching` it may come from another writer's save.
+        """
         if not kwargs.get("use_collectives", True):
             raise ArgumentError(
                 f"{self.path}: use_collectives=False writes one .metadata for each rank, and no rank knows whether the "
                 "checkpoint is whole; nothing was written. Leave use_collectives out."
             )
+        self._rank = int(kwargs.get("rank", 0))
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Make the directory; leave the plan as it is."""
@@ -81,15 +86,13 @@ class DigestWriter(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Compare what the ranks say of each tensor, and tell each rank the name of its file."""
+        """Compare what the ranks say of each tensor; leave the plans as they are."""
         _check_same_tensors(plans)
-        for number, plan in enumerate(plans):
-            object.__setattr__(plan, "storage_data", f"__{number}_0.distcp")
         return plans
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Append each item to this rank's file."""
-        name: str = plan.storage_data
+        name = f"__{self._rank}_0.distcp"
         with _DigestFile(self.path / name, digest=self._digest) as file:
             results = [_write_item(file, name, item, planner) for item in _tensors_last(plan.items)]
             digest = file.seal()

@@ -18,8 +18,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from hostile_files import Evil, cheap, metadata_of, rewrite
 from small_models import assert_same
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 
 from ckpt_core import io
@@ -171,6 +173,24 @@ class TestSaving:
 
         with pytest.raises(KeyboardInterrupt), io._plain_errors(CommitError):
             dcp.save({"w": torch.ones(1)}, storage_writer=Interrupted(tmp_path))
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_a_plan_that_another_writer_left_is_taken(self, tmp_path, monkeypatch):
+        """With plans cached, as for all writers of a process, each save has its own values and file names."""
+        for name in [name for name in vars(SavePlanner) if name.startswith("_cached")]:
+            monkeypatch.setattr(SavePlanner, name, {})
+        planner = DefaultSavePlanner(enable_plan_caching=True)
+        writers = [dcp.FileSystemWriter(tmp_path / "0"), DigestWriter(tmp_path / "1"), DigestWriter(tmp_path / "2")]
+        for number, writer in enumerate(writers):
+            dcp.save({"w": torch.full((2,), number)}, storage_writer=writer, planner=planner)
+            assert io.read_state(tmp_path / str(number))["w"].tolist() == [number] * 2
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_without_collectives_nothing_is_written(self, tmp_path):
+        """One `.metadata` for each rank proves no whole: it is refused by name."""
+        with pytest.raises(ArgumentError, match="use_collectives=False"):
+            dcp.save({"w": torch.ones(1)}, storage_writer=DigestWriter(tmp_path / "dcp"), use_collectives=False)
+        assert not (tmp_path / "dcp").exists()
 
 
 def _members(data):
