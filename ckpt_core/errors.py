@@ -5,7 +5,8 @@ CkptError
 │   ├── NotACheckpointError      no checkpoint there                (FileNotFoundError)
 │   ├── StepExistsError          a committed step never changes     (FileExistsError)
 │   ├── DamagedError             bytes, digests or structure        (ValueError)
-│   ├── UntrustedError           reading it would run code          (ValueError)
+│   ├── UntrustedError           reading it could run code          (ValueError)
+│   ├── UnsupportedError         sound, but of a form not read here (ValueError)
 │   ├── MismatchError            does not fit the model or config   (ValueError)
 │   └── CommitError              not committed, or not surely       (RuntimeError)
 ├── ArgumentError              a caller's mistake                   (TypeError, ValueError)
@@ -21,6 +22,8 @@ Each message says where, what was found, what was expected and what to do; each 
 
 import errno
 import os
+
+from ckpt_core.printable import printable
 
 _REMEDIES = {
     errno.ENOSPC: "make room there, or give a directory on another disk",
@@ -41,6 +44,10 @@ _REMEDIES = {
 class CkptError(Exception):
     """The root: catch this to catch all of them."""
 
+    def __str__(self) -> str:
+        """Return the message, in which names from a checkpoint cannot pass for anything else."""
+        return printable(super().__str__())
+
 
 class CheckpointError(CkptError):
     """Something is wrong with a checkpoint."""
@@ -59,7 +66,11 @@ class DamagedError(CheckpointError, ValueError):
 
 
 class UntrustedError(CheckpointError, ValueError):
-    """Reading this would run code that the file brings along."""
+    """Reading this could run code that the file names."""
+
+
+class UnsupportedError(CheckpointError, ValueError):
+    """Nothing is wrong with it, as far as can be known, but this library does not read what is stored in this form."""
 
 
 class MismatchError(CheckpointError, ValueError):

@@ -104,7 +104,7 @@ def _python(words: NDArray[Any], version: Any, gauss: Any) -> tuple[int, tuple[i
 def _torch(state: NDArray[Any]) -> NDArray[np.uint8]:
     if state.dtype != np.uint8 or state.size != _TORCH_BYTES:
         raise ValueError(f"torch: {state.nbytes} bytes, expected {_TORCH_BYTES}")
-    _, left, seeded, following = _TORCH_HEAD.unpack_from(state)
+    _, left, seeded, following = _TORCH_HEAD.unpack_from(state.tobytes())
     # It draws `left - 1` more words from `following` on; torch itself does not look whether so many are there.
     if seeded != 1 or not 1 <= left <= _WORDS or following + left - 1 > _WORDS:
         raise ValueError(f"torch: {left} words left from {following} on, of {_WORDS}")
@@ -114,7 +114,7 @@ def _torch(state: NDArray[Any]) -> NDArray[np.uint8]:
 def _cuda(state: NDArray[Any]) -> NDArray[np.uint8]:
     if state.dtype != np.uint8 or state.size != _CUDA.size:
         raise ValueError(f"cuda: {state.nbytes} bytes, expected {_CUDA.size}")
-    _, offset = _CUDA.unpack_from(state)
+    _, offset = _CUDA.unpack(state.tobytes())
     if offset < 0 or offset % 4:
         raise ValueError(f"cuda: the offset {offset}, expected a multiple of 4")
     return state

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Collection, Iterable
 from contextlib import suppress
@@ -11,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from ckpt_core.errors import MismatchError, NotACheckpointError
-from ckpt_core.format.index import METADATA_NAME, Index
+from ckpt_core.format.index import METADATA_NAME, Index, is_dcp
+from ckpt_core.printable import printable_logger
 
 if TYPE_CHECKING:
     from ckpt_core.urls import Place
 
-_log = logging.getLogger(__name__)
+_log = printable_logger(__name__)
 
 _HINT_LEVELS, _HINT_DIRECTORIES, _HINT_ENTRIES = 4, 100, 1000
 """How far a search for a hint goes: levels, directories in all, and entries of each."""
@@ -59,9 +59,9 @@ def find_dcp(path: Place) -> Place:
     Raises:
         NotACheckpointError: there is none, or more than one.
     """
-    if (path / METADATA_NAME).exists():
+    if is_dcp(path):
         return path
-    found = [path / level for level in MODEL_LEVELS if (path / level / METADATA_NAME).exists()]
+    found = [path / level for level in MODEL_LEVELS if is_dcp(path / level)]
     if len(found) == 1:
         _log.info("%s: the model's checkpoint is %s", path, found[0])
         return found[0]

@@ -9,7 +9,6 @@ Each path becomes a stock DCP directory, whole or not at all, the model's last; 
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,6 +23,7 @@ from ckpt_core import durable, io, ranks
 from ckpt_core.errors import ArgumentError
 from ckpt_core.locate import find_dcp
 from ckpt_core.placement import Part, place
+from ckpt_core.printable import printable_logger
 from ckpt_core.restore import ModelPlan, OptimizerPlan, fill
 from ckpt_core.state import MODEL_KEY, OPTIMIZER_KEY, ModelState, OptimizerState
 from ckpt_core.urls import local_path, name_or_path, place_of, writable_place
@@ -33,7 +33,7 @@ __all__ = [
     "save_tokenizer_on_rank0",
 ]  # fmt: skip
 
-_log = logging.getLogger(__name__)
+_log = printable_logger(__name__)
 
 
 def save_checkpoint(

@@ -9,7 +9,6 @@ All that can be read or checked apart from the live objects comes first; see `fi
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,11 +21,12 @@ from torch.nn.parameter import is_lazy
 from ckpt_core import io, ranks, trainer
 from ckpt_core.errors import CheckpointError, DamagedError, MismatchError
 from ckpt_core.format.digests import algorithm_of
-from ckpt_core.format.index import METADATA_NAME, TWIN_NAME, Index, Keys, TensorEntry, check_files, read_index
+from ckpt_core.format.index import METADATA_NAME, TWIN_NAME, Index, Keys, TensorEntry, check_files, is_dcp, read_index
 from ckpt_core.format.manifest import record_file
 from ckpt_core.io.containers import KINDS_KEY, read_kinds, unpack, unpack_entry
 from ckpt_core.io.nesting import nest
 from ckpt_core.locate import find_prefix, left_over
+from ckpt_core.printable import printable_logger
 from ckpt_core.state import (
     MODEL_KEY,
     OPTIMIZER_KEY,
@@ -47,7 +47,7 @@ _EXTRA = "_extra_state"
 _ROOTS: tuple[Keys, ...] = ((OPTIMIZER_KEY, "optim"), (OPTIMIZER_KEY,), ("optimizer",))
 """Where an optimizer's `state` and `param_groups` stand: ours and NeMo-RL's, stock DCP's, Accelerate's."""
 
-_log = logging.getLogger(__name__)
+_log = printable_logger(__name__)
 
 
 def fill(model: ModelPlan | None, optimizer: OptimizerPlan | None, generators: Callable[[], None] | None) -> None:
@@ -191,7 +191,7 @@ class OptimizerPlan:
             MismatchError: there is none, or the optimizer updates parameters that are not its module's.
         """
         below = directory / "optimizer"
-        at_top = (directory / METADATA_NAME).exists() or not (below / METADATA_NAME).exists()
+        at_top = is_dcp(directory) or not is_dcp(below)
         found = directory if at_top else below
         index = read_index(found)
         state.names()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ckpt_core.durable import file_size
 from ckpt_core.errors import NotACheckpointError
 from ckpt_core.export import EXPORT_NAME, Export, read_export
-from ckpt_core.format.index import METADATA_NAME
+from ckpt_core.format.index import metadata_files
 from ckpt_core.format.manifest import MANIFEST_NAME, Manifest
 from ckpt_core.store import open_checkpoint
 from ckpt_core.tensors import DcpTensors, TensorFacts, open_tensors
@@ -88,7 +88,8 @@ def summarize(url: AnyPath) -> Summary:
         return _step(place)
     with open_tensors(place) as tensors:
         if isinstance(tensors, DcpTensors):
-            names = {METADATA_NAME, *(span.file for span in tensors.index.spans())}
+            names = {*(file.name for file in metadata_files(tensors.place))}
+            names |= {span.file for span in tensors.index.spans()}
             return Summary(
                 str(tensors.place), "dcp", tensors.facts, tuple(tensors.index.values), _sizes(tensors.place, names)
             )

@@ -20,6 +20,7 @@ _SMALLEST_NONFINITE = {
     "bfloat16": 0x7F80,
     "float8_e5m2": 0x7C,
     "float8_e4m3fn": 0x7F,  # NaN; it has no Inf
+    "complex32": 0x7C00,
     "complex64": 0x7F80_0000,
     "complex128": 0x7FF0_0000_0000_0000,
 }
@@ -31,7 +32,7 @@ _ONLY_NAN = {"float8_e4m3fnuz": 0x80, "float8_e5m2fnuz": 0x80, "float8_e8m0fnu":
 _WORDS: dict[str, type[np.unsignedinteger]] = {
     **dict.fromkeys(("float64", "complex128"), np.uint64),
     **dict.fromkeys(("float32", "complex64"), np.uint32),
-    **dict.fromkeys(("float16", "bfloat16"), np.uint16),
+    **dict.fromkeys(("float16", "bfloat16", "complex32"), np.uint16),
     **dict.fromkeys(("float8_e5m2", "float8_e4m3fn", *_ONLY_NAN), np.uint8),
 }
 

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TextIO, cast
 
+from ckpt_core.printable import printable
+
 _SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*(?:([KMGT])(i?))?B?", re.IGNORECASE)
 _POWERS = {None: 0, "K": 1, "M": 2, "G": 3, "T": 4}
 _MOST_WORKERS = 1024
@@ -87,13 +89,6 @@ def write_json(facts: Mapping[str, Any]) -> None:
         OutputClosedError: nobody reads it.
     """
     _write(json.dumps(_finite(facts), allow_nan=False, default=str) + "\n", sys.stdout)
-
-
-def printable(text: str) -> str:
-    """Return text with each control character, and what else cannot be seen, as an escape; tabs stay."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() or c == "\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 def _write(text: str, stream: TextIO | None) -> None:

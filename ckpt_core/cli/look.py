@@ -73,6 +73,9 @@ def _verify(options: argparse.Namespace) -> Answer:
     for check in report.checks:
         lines += [f"ok   {check.name}: {check.detail}"] if check.passed else []
         lines += [f"FAIL {check.name}: {problem}" for problem in check.problems]
+    if report.unchecked:
+        names, more = report.unchecked[:20], len(report.unchecked) - 20
+        lines.append(f"not checked: {', '.join(names)}{f' and {more} more files' if more > 0 else ''}")
     return Answer(report.to_dict(), lines, report.passed)
 
 

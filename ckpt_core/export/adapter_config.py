@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
+from ckpt_core import documents
 from ckpt_core.durable import file_size
 from ckpt_core.errors import DamagedError, MismatchError, NotACheckpointError
 from ckpt_core.export.assets import Assets, read_assets, read_files
 from ckpt_core.export.carried import CONFIG_NAME, EXPORT_NAME
+from ckpt_core.export.patterns import PatternError, Patterns
 from ckpt_core.export.weight_conversions import RECORD_NAME
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ class AdapterConfig:
 
     where: str
     fields: Mapping[str, Any]
+    patterns: Patterns = field(default_factory=Patterns, compare=False, repr=False)
 
     def check_supported(self, *, merge: bool) -> None:
         """Check that it has nothing that an export would have to know and does not.
@@ -86,7 +87,7 @@ class AdapterConfig:
         """Whether the config says that a module has factors."""
         wanted = self.fields.get("target_modules")
         if isinstance(wanted, str):
-            return wanted == "all-linear" or _matches(re.fullmatch, wanted, module, self.where)
+            return wanted == "all-linear" or self._matches(self.patterns.fullmatch, wanted, module)
         return any(module == name or module.endswith(f".{name}") for name in self._target_names)
 
     def expects(self, module: str) -> bool:
@@ -120,12 +121,18 @@ class AdapterConfig:
             raise MismatchError(f"{self.where}: {pattern_name} is {patterns!r}, expected an object.")
         found = self.fields.get(name)
         for pattern, value in cast("dict[str, Any]", patterns).items():
-            if _matches(re.match, rf"(.*\.)?({pattern})$", module, self.where):
+            if self._matches(self.patterns.match, rf"(.*\.)?({pattern})$", module):
                 found = value
                 break
         if isinstance(found, bool) or not isinstance(found, (int, kind)) or found <= 0:
             raise MismatchError(f"{self.where}: {name} of {module} is {found!r}, expected a positive number.")
         return found
+
+    def _matches(self, match: Callable[[str, str], bool], pattern: str, module: str) -> bool:
+        try:
+            return match(pattern, module)
+        except PatternError as error:
+            raise MismatchError(f"{self.where}: {error}; list the modules by name.") from None
 
 
 def find_adapter_config(directory: Place | None) -> Place | None:
@@ -187,12 +194,10 @@ def adapter_config(assets: Assets, where: str, *, merge: bool) -> AdapterConfig:
             "has it with --adapter."
         )
     try:
-        fields = json.loads(data)
+        fields = documents.parse_object(data)
     except ValueError as error:
-        raise DamagedError(f"{ADAPTER_CONFIG_NAME}: not JSON ({error}); restore a copy.") from None
-    if not isinstance(fields, dict):
-        raise DamagedError(f"{ADAPTER_CONFIG_NAME}: a {type(fields).__name__}, expected an object; restore a copy.")
-    config = AdapterConfig(ADAPTER_CONFIG_NAME, cast("dict[str, Any]", fields))
+        raise DamagedError(f"{ADAPTER_CONFIG_NAME}: not readable ({error}); restore a copy.") from None
+    config = AdapterConfig(ADAPTER_CONFIG_NAME, fields)
     config.check_supported(merge=merge)
     return config
 
@@ -207,10 +212,3 @@ def _names(value: Any, field: str, where: str) -> list[str]:
     if value is not None and (not isinstance(value, list) or not all(isinstance(name, str) for name in names)):
         raise MismatchError(f"{where}: {field} is {value!r}, expected a list of names.")
     return names
-
-
-def _matches(match: Any, pattern: str, module: str, where: str) -> bool:
-    try:
-        return match(pattern, module) is not None
-    except re.error as error:
-        raise MismatchError(f"{where}: {pattern!r} is no regular expression ({error}).") from None

@@ -32,8 +32,7 @@ from ckpt_core.export.target import check_free, check_target, disk_errors
 from ckpt_core.export.weight_conversions import RECORD_NAME
 from ckpt_core.export.work import Progress, Work, plan_document
 from ckpt_core.export.write import INDEX_NAME, Care, check_ties, index_bytes
-from ckpt_core.format.digests import digest_bytes
-from ckpt_core.format.index import METADATA_NAME
+from ckpt_core.format.index import metadata_digest
 from ckpt_core.store import Checkpoint
 from ckpt_core.urls import place_of, writable_place
 from ckpt_core.workers import count_workers
@@ -228,7 +227,7 @@ def _begin(work: Work, directory: Place, assets: Assets, settings: Settings) -> 
         "directory": str(directory),
         "care": asdict(care),
         "architecture": plan.architecture,
-        "source": dict(settings.get("source") or {"digest": digest_bytes((directory / METADATA_NAME).read_bytes())}),
+        "source": dict(settings.get("source") or {"digest": metadata_digest(directory)}),
         "rules": plan.rules,
         "libraries": {name: version(name) for name in ("ckptflow", "safetensors", "torch", "transformers")},
     }

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from ckpt_core import documents
 from ckpt_core.errors import ArgumentError, MismatchError
+from ckpt_core.export.patterns import PatternError, Patterns
 from ckpt_core.locate import is_training_state
 from ckpt_core.urls import local_path
 
@@ -23,6 +24,7 @@ WRAPPERS = frozenset(
 these names."""
 
 _EXTRA = "_extra_state"
+_MAX_TABLE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -31,15 +33,30 @@ class Table:
 
     drop: tuple[re.Pattern[str], ...] = ()
     rename: tuple[tuple[re.Pattern[str], str], ...] = ()
+    patterns: Patterns = field(default_factory=Patterns, compare=False, repr=False)
 
     def drops(self, name: str) -> bool:
-        """Whether a stored name is left out."""
-        return any(pattern.search(name) for pattern in self.drop)
+        """Whether a stored name is left out.
+
+        Raises:
+            ArgumentError: a pattern takes too long.
+        """
+        try:
+            return any(self.patterns.search(pattern, name) for pattern in self.drop)
+        except PatternError as error:
+            raise ArgumentError(f"the table of names: {error}; write it in another way.") from None
 
     def renamed(self, name: str) -> str:
-        """Return what a stored name is to be read as: each pattern is replaced wherever it is found, in order."""
-        for pattern, replacement in self.rename:
-            name = pattern.sub(replacement, name)
+        """Return what a stored name is to be read as: each pattern is replaced wherever it is found, in order.
+
+        Raises:
+            ArgumentError: a pattern takes too long.
+        """
+        try:
+            for pattern, replacement in self.rename:
+                name = self.patterns.replace(pattern, replacement, name)
+        except PatternError as error:
+            raise ArgumentError(f"the table of names: {error}; write it in another way.") from None
         return name
 
     def rules(self) -> list[str]:
@@ -57,8 +74,8 @@ def read_table(path: AnyPath) -> Table:
     """
     path = local_path(path, "names")
     try:
-        return _parse(**json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError, RecursionError, re.error) as error:
+        return _parse(**documents.read_object(path, _MAX_TABLE_BYTES))
+    except (OSError, ValueError, TypeError, OverflowError, RecursionError, re.error) as error:
         raise ArgumentError(
             f"{path}: not a table of names ({error}); expected "
             '{"drop": [PATTERN, ...], "rename": [[PATTERN, REPLACEMENT], ...]}.'

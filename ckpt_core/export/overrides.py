@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +14,9 @@ from typing import Any
 
 from ckpt_core.errors import ArgumentError, MismatchError
 from ckpt_core.export.carried import CONFIG_NAME
+from ckpt_core.printable import printable_logger
 
-_log = logging.getLogger(__name__)
+_log = printable_logger(__name__)
 
 
 def override_config(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -160,7 +160,7 @@ def make_plan(
     stored_names = [n for n in architecture.shapes if n not in ties and n not in architecture.unsaved]
     wanted = {n: [n, *(t for t, s in ties.items() if s == n)] for n in stored_names}
     names = resolve(
-        (*index.tensors, *index.values),
+        (*index.tensors, *index.values, *index.unsupported),
         Wanted([[wanted]]),
         table,
         unsaved=architecture.unsaved,
@@ -227,6 +227,7 @@ class _Source:
         Raises:
             MismatchError: it does not fit.
         """
+        index.check_supported([stored], where)
         if stored in index.values:
             raise MismatchError(f"{where}: {stored} is a value, {architecture.name} expects a tensor; give its config.")
         entry, shape = index.tensors[stored], architecture.shapes[name]

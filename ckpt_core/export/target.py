@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import re
 from collections.abc import Generator
@@ -14,13 +13,14 @@ from typing import TYPE_CHECKING
 from ckpt_core import durable
 from ckpt_core.errors import ArgumentError, ExportError, ExportExistsError, StepExistsError, describe
 from ckpt_core.format.manifest import MANIFEST_NAME
+from ckpt_core.printable import printable_logger
 
 if TYPE_CHECKING:
     from upath import UPath
 
     from ckpt_core.urls import Place
 
-_log = logging.getLogger(__name__)
+_log = printable_logger(__name__)
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 

@@ -24,12 +24,21 @@ _TABLE = {
     "bool": ("BOOL", 1),
     "complex64": ("C64", 8),
     "complex128": (None, 16),
+    "complex32": (None, 4),
+    # Below: torch has these types, and little that computes with them; what is stored is plain bytes all the same.
+    "float4_e2m1fn_x2": (None, 1),
+    **{f"{sign}int{bits}": (None, 1) for sign in ("", "u") for bits in range(1, 8)},
+    **dict.fromkeys(("bits1x8", "bits2x4", "bits4x2", "bits8"), (None, 1)),
+    "bits16": (None, 2),
 }
 
 NAMES = tuple(_TABLE)
 ITEMSIZE = {name: size for name, (_, size) in _TABLE.items()}
 SAFETENSORS = {name: code for name, (code, _) in _TABLE.items() if code is not None}
 FLOATING = frozenset(name for name in _TABLE if "float" in name)
+QUANTIZED = frozenset({"qint8", "qint32", "quint8", "quint2x4", "quint4x2"})
+"""Types whose elements mean nothing without a scale, which lies in the header of each chunk."""
+
 STORAGE_CLASSES = {
     "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16",
     "BFloat16Storage": "bfloat16", "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import cast
 
-from ckpt_core.errors import DamagedError, UntrustedError
+from ckpt_core.errors import DamagedError, UnsupportedError, UntrustedError
 from ckpt_core.format import dtypes, pickles
 from ckpt_core.format.index import Shape, Span
 from ckpt_core.format.source import Source
@@ -57,11 +57,11 @@ def locate(file: Source, span: Span, where: str) -> Payload:
             "restore a copy of the file."
         )
     if "byteorder" in stored and content(file, span, stored["byteorder"], where) != b"little":
-        raise DamagedError(f"{where}: a tensor of big-endian elements; save it on a little-endian machine.")
+        raise UnsupportedError(f"{where}: a tensor of big-endian elements; save it on a little-endian machine.")
     elements = stored["data/0"]
     try:
         layout = _layout(content(file, span, stored["data.pkl"], where), elements.nbytes)
-    except (DamagedError, UntrustedError) as error:
+    except (DamagedError, UnsupportedError, UntrustedError) as error:
         raise type(error)(f"{where}: {error}") from None
     if layout is None:
         raise DamagedError(f"{where}: the header of a chunk is not that of a plain tensor; restore a copy.")

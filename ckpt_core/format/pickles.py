@@ -1,7 +1,8 @@
 """Unpickling that can run nothing: an interpreter of the few opcodes that checkpoints are made of.
 
 Every global resolves to a stand-in from a fixed table, or is refused. Keys of dicts are plain, memo and strings are
-no larger than the file, so that no input makes it hang or use more memory than a small multiple of its size.
+no larger than the file, and objects are counted, so that no input makes it hang or use more memory than about twenty
+times its size.
 
 `pickle.Unpickler` promises none of the latter, whatever its `find_class`: it would hash a key of 2 ** 64 atoms for
 ever, and make room for a memo or for bytes as large as a number in the file says.
@@ -13,7 +14,8 @@ import struct
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
-from ckpt_core.errors import DamagedError, UntrustedError
+from ckpt_core.errors import DamagedError, UnsupportedError, UntrustedError
+from ckpt_core.format.pickled_names import may_run_code
 
 Table = Mapping[tuple[str, str], Any]
 
@@ -37,6 +39,13 @@ class Record:
             return self.state[name]
         except (KeyError, TypeError):
             raise ValueError(f"a {type(self).__name__} without {name}") from None
+
+
+class Unknown(Record):
+    """Stands in for a class that is not in the table; `name` says which."""
+
+    __slots__ = ()
+    name = ""
 
 
 def record(name: str) -> type[Record]:
@@ -63,16 +72,23 @@ def empty_dict() -> dict[Any, Any]:
     return {}
 
 
-def loads(data: bytes, table: Table, where: str) -> Any:
+def loads(data: bytes, table: Table, where: str, *, unknown: bool = False) -> Any:
     """Unpickle `data`, resolving each global through `table`.
 
+    Args:
+        data: the pickle.
+        table: what stands for each global.
+        where: for errors.
+        unknown: let a class that is not in the table become a class below `Unknown`, instead of raising.
+
     Raises:
-        UntrustedError: a global is not in the table.
+        UntrustedError: a global is not in the table, and could run code.
+        UnsupportedError: a global is not in the table.
         DamagedError: the bytes are not a pickle of plain data and stand-ins.
     """
     try:
-        return _Machine(data, table, where).run()
-    except (UntrustedError, DamagedError):
+        return _Machine(data, table, where, unknown=unknown).run()
+    except (UntrustedError, UnsupportedError, DamagedError):
         raise
     except (struct.error, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
         raise DamagedError(
@@ -82,6 +98,15 @@ def loads(data: bytes, table: Table, where: str) -> Any:
 
 _U16, _I32, _U32, _U64, _F64 = (struct.Struct(code) for code in ("<H", "<i", "<I", "<Q", ">d"))
 _ARGUMENTS_PER_BYTE = 8
+_BYTES_PER_OBJECT = 5
+"""Metadata has twelve bytes for each tuple, list, dict or object, a list of empty lists that `torch.save` wrote six. An
+object takes up to a hundred bytes of memory, and may take a single byte of a pickle."""
+
+_FREE_OBJECTS = 10_000
+_MAX_MARKS = 10_000
+"""How deep containers may be in each other; pickling ends in a RecursionError long before."""
+
+_MAX_UNKNOWN = 1000
 _BUILD = ord("b")
 _NEW = b"\x81\x94}\x94("
 """NEWOBJ MEMOIZE EMPTY_DICT MEMOIZE MARK: what follows the EMPTY_TUPLE of each object with attributes."""
@@ -91,8 +116,11 @@ _CALL = b"\x94\x85\x94R\x94"
 
 
 class _Machine:
-    def __init__(self, data: bytes, table: Table, where: str) -> None:
+    def __init__(self, data: bytes, table: Table, where: str, *, unknown: bool) -> None:
         self.data, self.table, self.where = data, table, where
+        self.unknown: dict[tuple[str, str], type[Unknown]] | None = {} if unknown else None
+        self.limit = _FREE_OBJECTS + len(data) // _BYTES_PER_OBJECT
+        self.made = 0
         self.position = 0
         self.stack: list[Any] = []
         self.marks: list[int] = []
@@ -103,8 +131,10 @@ class _Machine:
         """Run the opcodes: here those that each chunk in metadata needs, some in groups; in the table the others."""
         data, stack, marks, memo = self.data, self.stack, self.marks, self.memo
         push, i32, u32 = stack.append, _I32.unpack_from, _U32.unpack_from
-        position = 0
+        position, made, limit = 0, 0, self.limit
         while True:
+            if made > limit:
+                raise ValueError(f"more than {limit} objects in {len(data)} bytes")
             code = data[position]
             position += 1
             match code:
@@ -123,6 +153,7 @@ class _Machine:
                     if data.startswith(_NEW, position) and isinstance(stack[-1], type):
                         instance = stack[-1] = stack[-1]()
                         state: dict[Any, Any] = {}
+                        made += 2
                         push(state)
                         memo.extend((instance, state))
                         marks.append(len(stack))
@@ -138,6 +169,7 @@ class _Machine:
                     target = stack[-1]
                     if type(target) is not dict:
                         raise TypeError("items for what is no dict")
+                    made += not target  # the first item takes more memory than the empty dict
                     for key in items:
                         if type(key) is not str and not is_key(key):
                             raise TypeError(f"a dict with a {type(key).__name__} for a key")
@@ -153,6 +185,7 @@ class _Machine:
                     position += 2
                 case 0x85 | 0x86:  # TUPLE1, TUPLE2
                     last = stack.pop()
+                    made += 1
                     items = (last,) if code == 0x85 else (stack.pop(), last)  # noqa: PLR2004 - named two lines above
                     if data.startswith(_CALL, position) and callable(stack[-1]):
                         value = stack[-1] = stack[-1](items)
@@ -169,8 +202,11 @@ class _Machine:
                     push(_text(data[start:position], position - start))
                 case 0x7D:  # EMPTY_DICT
                     push({})
+                    made += 1
                 case 0x28:  # MARK
                     marks.append(len(stack))
+                    if len(marks) > _MAX_MARKS:
+                        raise ValueError(f"more than {_MAX_MARKS} containers in each other")
                 case 0x2E:  # STOP
                     return stack.pop()
                 case _:
@@ -208,9 +244,11 @@ class _Machine:
             return
         if number > len(memo) and isinstance(memo, list):
             self.memo = memo = _SparseMemo(enumerate(memo))
+            memo.limit = self.limit + len(memo)
         memo[number] = self.stack[-1]
 
     def since_mark(self) -> list[Any]:
+        self.count()
         start = self.marks.pop()
         items = self.stack[start:]
         del self.stack[start:]
@@ -220,10 +258,32 @@ class _Machine:
         try:
             return self.table[module, name]
         except KeyError:
+            return self.stranger(module, name)
+
+    def stranger(self, module: str, name: str) -> type[Unknown]:
+        """Return what stands in for a class that is not in the table."""
+        path = f"{module[:99]}.{name[:99]}"
+        if may_run_code(module, name):
             raise UntrustedError(
-                f"{self.where}: its pickle asks for {module[:99]}.{name[:99]}, which is not among the types that such "
-                "a file is made of; nothing was run. Do not load this file with pickle or torch.load."
-            ) from None
+                f"{self.where}: its pickle asks for {path}, which could run code; nothing was run. Do not load this "
+                "file with pickle or torch.load."
+            )
+        if self.unknown is None:
+            raise UnsupportedError(
+                f"{self.where}: its pickle asks for {path}, which this library does not read; save numbers, text, "
+                "lists, dicts and tensors."
+            )
+        if len(self.unknown) == _MAX_UNKNOWN:
+            raise ValueError(f"more than {_MAX_UNKNOWN} classes")
+        if (module, name) not in self.unknown:
+            self.unknown[module, name] = type("Unknown", (Unknown,), {"__slots__": (), "name": path})
+        return self.unknown[module, name]
+
+    def count(self) -> None:
+        """Count an object that an operation of the table makes."""
+        self.made += 1
+        if self.made > self.limit:
+            raise ValueError(f"more than {self.limit} objects in {len(self.data)} bytes")
 
     def extend(self, items: list[Any]) -> None:
         target: Any = self.stack[-1]
@@ -232,6 +292,7 @@ class _Machine:
         cast("list[Any]", target).extend(items)
 
     def call(self) -> None:
+        self.count()
         arguments, function = self.stack.pop(), self.stack[-1]
         if type(arguments) is not tuple or not callable(function):
             raise TypeError("a call of what is no function")
@@ -250,6 +311,7 @@ class _Machine:
             raise TypeError(f"a state for a {type(instance).__name__}")
 
     def tuple_of(self, count: int) -> None:
+        self.count()
         stack = self.stack
         if len(stack) < count:
             raise IndexError("the stack is empty")
@@ -259,7 +321,11 @@ class _Machine:
 class _SparseMemo(dict[int, Any]):
     """A memo whose numbers leave some out; what is added has the number of those before it, as in pickle."""
 
+    limit = 0
+
     def append(self, value: Any) -> None:
+        if len(self) > self.limit:
+            raise ValueError(f"more than {self.limit} entries of a memo that leaves numbers out")
         self[len(self)] = value
 
     def extend(self, values: Iterable[Any]) -> None:
@@ -297,6 +363,11 @@ def _global_from_stack(machine: _Machine) -> Any:
     return machine.find(module, name)
 
 
+def _empty_list(machine: _Machine) -> list[Any]:
+    machine.count()
+    return []
+
+
 def _byte(machine: _Machine) -> int:
     return machine.take(1)[0]
 
@@ -311,7 +382,7 @@ _CODES: dict[str, Callable[[_Machine], object]] = {
     "G": _push(lambda m: m.number(_F64)),
     "X": _push(lambda m: m.text(m.number(_U32))),
     "\x8d": _push(lambda m: m.text(m.number(_U64))),
-    "]": _push(lambda _: []),
+    "]": _push(_empty_list),
     "t": _push(lambda m: tuple(m.since_mark())),
     "\x87": lambda m: m.tuple_of(3),
     "R": lambda m: m.call(),

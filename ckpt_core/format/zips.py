@@ -6,7 +6,7 @@ import struct
 import zlib
 from dataclasses import dataclass
 
-from ckpt_core.errors import DamagedError
+from ckpt_core.errors import DamagedError, UnsupportedError
 from ckpt_core.format.index import Span
 from ckpt_core.format.source import Source, read_into
 
@@ -18,6 +18,12 @@ _ENTRY = struct.Struct("<4s6H3I5H2I")
 _LOCAL = struct.Struct("<4s5H3I2H")
 _MAX_DIRECTORY_BYTES = 1 << 20
 _U32 = 0xFFFFFFFF
+_STREAMS = {
+    b"\x28\xb5\x2f\xfd": "compressed by zstd", b"\x1f\x8b": "compressed by gzip", b"BZh": "compressed by bzip2",
+    b"\xfd7zXZ\0": "compressed by xz", b"\x04\x22\x4d\x18": "compressed by lz4",
+    b"\xff\x06\0\0sNaPpY": "compressed by snappy",
+}  # fmt: skip
+"""What streams begin with that DCP's extensions can make of a chunk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +69,9 @@ def members(file: Source, span: Span, where: str) -> list[Member]:
         extra = directory[start + name_length : start + name_length + extra_length]
         size, packed, local = _zip64(extra, size, packed, local)
         if method != 0 or packed != size:
-            raise DamagedError(
-                f"{where}: {name} in the zip at {span.offset} is compressed; torch.save never does that."
+            raise UnsupportedError(
+                f"{where}: {name} in the zip at {span.offset} is compressed (method {method}), which this library does "
+                "not read; save it again with torch.save."
             )
         found.append(Member(name, span.offset + local, size, crc32))
         position = start + name_length + extra_length + comment_length
@@ -81,6 +88,7 @@ def _directory(file: Source, span: Span, where: str) -> tuple[bytes, int]:
     tail = _read(file, span.offset + span.length - tail_length, tail_length, where)
     end = len(tail) - _END.size
     if end < 0 or tail[end : end + 4] != b"PK\x05\x06":
+        _check_known(file, span, where)
         raise DamagedError(
             f"{where}: no zip ends at byte {span.offset + span.length}, where the metadata says that a chunk does; "
             "the file is cut short, damaged or of another save: restore a copy of it."
@@ -95,6 +103,23 @@ def _directory(file: Source, span: Span, where: str) -> tuple[bytes, int]:
     if size > _MAX_DIRECTORY_BYTES or offset + size > span.length:
         raise DamagedError(f"{where}: the zip directory at {span.offset} points outside it; restore a copy.")
     return _read(file, span.offset + offset, size, where), count
+
+
+def _check_known(file: Source, span: Span, where: str) -> None:
+    """Check that what is no zip is no stream of another known form either.
+
+    Raises:
+        UnsupportedError: it is.
+    """
+    head = _read(file, span.offset, min(span.length, 16), where)
+    form = next((form for mark, form in _STREAMS.items() if head.startswith(mark)), None)
+    if head[8:10] == b'{"' and int.from_bytes(head[:8], "little") <= span.length:
+        form = "safetensors"
+    if form:
+        raise UnsupportedError(
+            f"{where}: what is stored at {span.offset} is {form}, which this library does not read in a DCP directory; "
+            "save it in DCP's default format."
+        )
 
 
 def _zip64(extra: bytes, size: int, packed: int, local: int) -> tuple[int, int, int]:

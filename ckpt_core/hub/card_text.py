@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckpt_core.errors import ArgumentError
+from ckpt_core.printable import printable
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -21,7 +22,13 @@ class Markdown(str):
 
 def line(text: str) -> Markdown:
     """Return plain text as one line of Markdown that shows it as it is, in a heading or a cell too."""
-    return Markdown(_SPECIAL.sub(r"\\\1", " ".join(text.split())))
+    return Markdown(_SPECIAL.sub(r"\\\1", _one_line(text)))
+
+
+def _one_line(text: str) -> str:
+    """Return text on one line, with escapes for what is not printable; half a character is refused later."""
+    joined = " ".join(text.split())
+    return joined if any("\ud800" <= character <= "\udfff" for character in joined) else printable(joined)
 
 
 def paragraphs(text: str) -> Markdown:
@@ -32,7 +39,7 @@ def paragraphs(text: str) -> Markdown:
 
 def quoted(text: str) -> Markdown:
     """Return plain text as a string of Python code, of one line."""
-    return Markdown('"' + re.sub(r'(["\\])', r"\\\1", " ".join(text.split())) + '"')
+    return Markdown('"' + re.sub(r'(["\\])', r"\\\1", _one_line(text)) + '"')
 
 
 def render_template(path: Path, facts: dict[str, Any]) -> str:

@@ -142,9 +142,15 @@ def check_state(state_dict: dict[str, Any], where: str, *, buffers: Collection[s
 
 
 def read_state(directory: Place, device: str = "cpu") -> dict[str, Any]:
-    """Read all that a DCP directory holds, whatever it is, as the nested dict that was saved, in its order."""
+    """Read all that a DCP directory holds, whatever it is, as the nested dict that was saved, in its order.
+
+    Raises:
+        UnsupportedError: something there is in a form that is not read.
+        CheckpointError: the checkpoint is not there, damaged or hostile.
+    """
     directory = place_of(directory, "directory")
     index = read_index(directory)
+    index.check_supported(index.unsupported, str(directory))
     check_files(directory, index)
     flat: dict[str, Any] = {
         name: torch.empty(entry.shape, dtype=getattr(torch, entry.dtype), device=device)

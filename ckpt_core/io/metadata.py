@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import NoReturn, cast
 
 import torch
@@ -35,6 +36,13 @@ class FailedMetadata(Metadata):
         raise self.error
 
 
+@dataclass
+class IndexMetadata(Metadata):
+    """DCP's metadata with the index that it was made of, which also knows what cannot be read."""
+
+    index: Index = field(default_factory=lambda: Index({}, {}))
+
+
 def to_index(metadata: Metadata) -> Index:
     """Return DCP's metadata, complete with where each chunk was stored, as an index."""
     storage = cast("dict[MetadataIndex, _StorageInfo]", metadata.storage_data)
@@ -56,7 +64,7 @@ def to_index(metadata: Metadata) -> Index:
     return Index(tensors, values, paths)
 
 
-def to_metadata(index: Index) -> Metadata:
+def to_metadata(index: Index) -> IndexMetadata:
     """Return an index as the metadata that DCP's planners work on."""
     items: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     storage: dict[MetadataIndex, _StorageInfo] = {}
@@ -71,4 +79,6 @@ def to_metadata(index: Index) -> Metadata:
     for name, span in index.values.items():
         items[name] = BytesStorageMetadata()
         storage[MetadataIndex(name)] = _StorageInfo(span.file, span.offset, span.length)
-    return Metadata(items, planner_data=dict(index.paths), storage_data=storage, storage_meta=StorageMeta())
+    # Planners take these for values, and the reader refuses them by name when one asks for them.
+    items |= {name: BytesStorageMetadata() for name in index.unsupported}
+    return IndexMetadata(items, dict(index.paths), storage, StorageMeta(), index=index)

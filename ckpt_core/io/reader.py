@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import io
-import logging
 import os
 import pickle
 from collections.abc import Sequence
@@ -22,21 +21,25 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from ckpt_core.errors import CkptError, DamagedError, MismatchError, UntrustedError
+from ckpt_core.errors import CkptError, DamagedError, MismatchError, UnsupportedError, UntrustedError
 from ckpt_core.format import pickles
 from ckpt_core.format.chunks import locate_chunk
 from ckpt_core.format.index import Chunk, Index, Shape, Span, check_files, read_index
+from ckpt_core.format.pickled_names import may_run_code
 from ckpt_core.format.source import Source, open_source, read_into
 from ckpt_core.format.zips import read_all
+from ckpt_core.io import numpy_values
 from ckpt_core.io.chunks import read_box
-from ckpt_core.io.metadata import FailedMetadata, to_metadata
+from ckpt_core.io.metadata import FailedMetadata, IndexMetadata, to_metadata
+from ckpt_core.printable import printable_logger
 from ckpt_core.urls import is_reachable, place_of
 from ckpt_core.workers import in_parallel
 
 if TYPE_CHECKING:
     from ckpt_core.urls import Place
 
-_log = logging.getLogger(__name__)
+_log = printable_logger(__name__)
+_MAX_GLOBALS = 1000
 
 
 class SafeReader(StorageReader):
@@ -105,6 +108,7 @@ class SafeReader(StorageReader):
         """Load the values, and return what is to be read into tensors, in the order of files and places."""
         assert self.index is not None
         chunks = _chunks(self.index)
+        self.index.check_supported((item.storage_index.fqn for item in plan.items), str(self.path))
         pairs = sorted(
             ((chunks[item.storage_index.fqn, _offsets(item)], item) for item in plan.items),
             key=lambda pair: (pair[0].span.file, pair[0].span.offset),
@@ -169,6 +173,8 @@ class SafeLoadPlanner(DefaultLoadPlanner):
                 f"{', '.join(missing[:3])}; it holds {', '.join(list(stored)[:3])}, ... Load it into the model that "
                 "it was saved from."
             )
+        if isinstance(self.metadata, IndexMetadata):
+            self.metadata.index.check_supported(self.state_dict, str(self._where))
         for name, value in self.state_dict.items():
             if name in stored:
                 self._compare(name, stored[name], value)
@@ -185,23 +191,30 @@ class SafeLoadPlanner(DefaultLoadPlanner):
 
 
 def load_value(file: Source, span: Span, where: str) -> Any:
-    """Read a value that `torch.save` wrote: numbers, text, lists, dicts and tensors; anything else is refused.
+    """Read a value that `torch.save` wrote: numbers, text, lists, dicts, tensors, numpy's numbers and arrays of them.
+
+    Anything else is refused.
 
     Raises:
-        UntrustedError: reading it would run code.
+        UntrustedError: reading it could run code.
+        UnsupportedError: it holds objects of other classes.
         DamagedError: it is not readable, or not what was written.
     """
-    asked = _Anything()
-    pickles.loads(read_all(file, span, where).get("data.pkl", b""), asked, where)
-    data = bytearray(span.length)
-    read_into(file, span.offset, memoryview(data), where)
+    asked, records = _Anything(), read_all(file, span, where)
+    pickles.loads(records.get("data.pkl", b""), asked, where)
     try:
+        if any(module.partition(".")[0] == "numpy" for module, _ in asked):
+            return numpy_values.load(records, where)
+        data = bytearray(span.length)
+        read_into(file, span.offset, memoryview(data), where)
         return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+    except UnsupportedError as error:
+        said = str(error).removeprefix(f"{where}: ")
+        raise UnsupportedError(f"{where}: {said}") from None
+    except CkptError:
+        raise
     except pickle.UnpicklingError:
-        raise UntrustedError(
-            f"{where}: not plain data: its pickle asks for {', '.join(asked.names)[:500]}; nothing was run. Save "
-            "numbers, text, lists, dicts and tensors."
-        ) from None
+        raise asked.refused(where) from None
     except Exception as error:  # noqa: BLE001 - torch's unpickler raises whatever a hostile file makes it raise
         raise DamagedError(f"{where}: not a readable value ({error}); restore a copy of the checkpoint.") from None
 
@@ -222,16 +235,37 @@ def _harmless(value: Any, where: str) -> io.BytesIO:
 class _Anything(dict[tuple[str, str], Any]):
     """Stands for every global, so that only a pickle's structure is judged; torch judges the globals after it."""
 
-    @property
-    def names(self) -> list[str]:
-        """What the pickle asked for."""
-        return [f"{module}.{name}" for module, name in self]
+    def refused(self, where: str) -> UntrustedError | UnsupportedError:
+        """Return the error that names what the pickle asked for."""
+        running = [f"{module}.{name}" for module, name in self if may_run_code(module, name)]
+        if running:
+            return UntrustedError(
+                f"{where}: not plain data: its pickle asks for {', '.join(running)[:500]}, which could run code; "
+                "nothing was run. Do not load it with pickle or torch.load."
+            )
+        names = [f"{module}.{name}" for module, name in self]
+        return UnsupportedError(
+            f"{where}: not plain data: its pickle asks for {', '.join(names)[:500]}, which this library does not read; "
+            "save numbers, text, lists, dicts and tensors."
+        )
 
     def __missing__(self, key: tuple[str, str]) -> Any:
-        if key[1] == "bytearray":  # takes as much memory as a number says
-            raise KeyError(key)
-        self[key] = pickles.Record
-        return pickles.Record
+        if len(self) == _MAX_GLOBALS:
+            raise ValueError(f"more than {_MAX_GLOBALS} classes and functions")
+        sized = key[1] == "bytearray" or (key[0].partition(".")[0] == "torch" and key[1].endswith("Tensor"))
+        self[key] = _not_by_size if sized else pickles.Record
+        return self[key]
+
+
+def _not_by_size(*arguments: Any) -> pickles.Record:
+    """Stand in for what takes as much memory as a number says.
+
+    Raises:
+        ValueError: it is called with numbers.
+    """
+    if not all(isinstance(argument, (str, pickles.Record, list, tuple)) for argument in arguments):
+        raise ValueError("something is made by its size alone")
+    return pickles.Record()
 
 
 def _chunks(index: Index) -> dict[tuple[str, Shape | None], Chunk]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import os
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +25,7 @@ from ckpt_core.format.manifest import (
     read_manifest,
     record_file,
 )
+from ckpt_core.printable import printable_logger
 from ckpt_core.store import objects, records
 from ckpt_core.store.names import DAMAGED, STAGING, TRASH, parse_step
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _READERS = 4
 """How many files are digested at once: a core digests faster than most disks and networks deliver."""
 
-_log = logging.getLogger(__name__)
+_log = printable_logger(__name__)
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ckpt_core.durable import file_size
-from ckpt_core.errors import NotACheckpointError
 from ckpt_core.export import EXPORT_NAME
 from ckpt_core.format.manifest import MANIFEST_NAME
-from ckpt_core.hf_weights import has_weights
-from ckpt_core.locate import find_dcp
 from ckpt_core.urls import place_of
-from ckpt_core.verify.exports import verify_export, verify_huggingface
+from ckpt_core.verify.directories import verify_directory
+from ckpt_core.verify.exports import verify_export
 from ckpt_core.verify.report import Check, Report
 from ckpt_core.verify.scan import Progress
-from ckpt_core.verify.steps import verify_dcp, verify_step
+from ckpt_core.verify.steps import verify_step
 from ckpt_core.verify.work import Sample, Work
 
 if TYPE_CHECKING:
@@ -37,10 +35,10 @@ def verify(
     """Check everything that can be checked about what lies at `url`; a failed check is in the report, not raised.
 
     A committed step: its manifest, each file's digest, the structure and the CRC32 of each chunk of every component,
-    the model's values, and its fit with its own config. Any other DCP directory: structure, the CRC32 that torch stored
-    with each chunk, values. An export: each file's sha256, structure and values. Any other Hugging Face directory, or
-    one safetensors file: structure and values. Of both, also that they bring no Python code. A chunk that was stored
-    without CRC32 is counted as unchecked.
+    the model's values, and its fit with its own config. Every other DCP directory at or below it: structure, the CRC32
+    that torch stored with each chunk, values. An export: each file's sha256, structure and values. Any other Hugging
+    Face directory, or one safetensors file: structure and values. Of both, also that they bring no Python code. A chunk
+    that was stored without CRC32 is counted as unchecked, and files that were not looked into are named.
 
     Args:
         url: a path or URL.
@@ -59,10 +57,4 @@ def verify(
         return verify_export(place, work)
     if file_size(place / MANIFEST_NAME) is not None:
         return verify_step(place, work)
-    try:
-        directory = find_dcp(place)
-    except NotACheckpointError:
-        if not has_weights(place):
-            raise
-        return verify_huggingface(place, work)
-    return verify_dcp(directory, work)
+    return verify_directory(place, work)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
-from ckpt_core.durable import file_size
+from ckpt_core import documents
 from ckpt_core.verify.report import Check
 from ckpt_core.verify.work import Work
 
@@ -19,35 +18,37 @@ _CONFIG_SUFFIX = "config.json"
 _MAX_CONFIG_BYTES = 16 << 20
 
 
-def code_check(place: Place, work: Work) -> Check:
-    """Return the check that a Hugging Face directory brings no Python code, and that no config names any."""
-    configs = 0
-    for name in sorted(entry.name for entry in place.iterdir()):
+def is_config(name: str) -> bool:
+    """Whether a file of this name may name code that loading runs."""
+    return name.endswith(_CONFIG_SUFFIX)
+
+
+def code_check(files: Mapping[str, Place], work: Work) -> Check:
+    """Return the check that a Hugging Face directory brings no Python code, and that no config names any.
+
+    Args:
+        files: what lies in the directory and below it, by its path there.
+        work: what was found.
+    """
+    configs = sorted(name for name in files if is_config(name))
+    for name in sorted(files):
         if name.endswith(".py"):
-            work.findings.add("code", _brought(place / name, "Python code"))
-        elif name.endswith(_CONFIG_SUFFIX):
-            configs += 1
-            for problem in _named(place / name):
-                work.findings.add("code", problem)
-    return work.findings.check("code", f"none, and none named by {configs} configs")
+            work.findings.add("code", _brought(files[name], "Python code"))
+    for name in configs:
+        for problem in _named(files[name]):
+            work.findings.add("code", problem)
+    return work.findings.check("code", f"none, and none named by {len(configs)} configs")
 
 
 def _named(config: Place) -> Iterator[str]:
     """Yield what is wrong with a config."""
     try:
-        document = json.loads(_config_bytes(config))
-    except (ValueError, OSError, RecursionError) as error:
+        document = documents.read_object(config, _MAX_CONFIG_BYTES)
+    except (ValueError, OSError) as error:
         yield f"{config}: whether it names code is not known, for it is not readable ({error}); restore a copy of it."
         return
-    if isinstance(document, dict) and cast("dict[str, Any]", document).get("auto_map"):
+    if document.get("auto_map"):
         yield _brought(config, "auto_map, which names Python code")
-
-
-def _config_bytes(config: Place) -> bytes:
-    size = file_size(config)
-    if size is None or size > _MAX_CONFIG_BYTES:
-        raise ValueError(f"no regular file of at most {_MAX_CONFIG_BYTES} bytes")
-    return config.read_bytes()
 
 
 def _brought(where: Place, what: str) -> str:

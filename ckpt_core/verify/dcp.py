@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from ckpt_core.errors import CkptError
+from ckpt_core.errors import CkptError, UnsupportedError
 from ckpt_core.format import dtypes
 from ckpt_core.format.index import Index, Shape, Span, check_files, read_index
 from ckpt_core.format.source import Source
 from ckpt_core.values import first_nonfinite
-from ckpt_core.verify.report import Findings
+from ckpt_core.verify.report import Check, Findings
 from ckpt_core.verify.scan import PART_BYTES, Extent, Reading, nonfinite
+from ckpt_core.verify.work import Work
 
 if TYPE_CHECKING:
     from ckpt_core.format.payload import Payload
@@ -32,6 +33,9 @@ class Item:
     """Element type by torch's name; None of a value."""
 
     sizes: Shape
+
+    unsupported: str = ""
+    """Why it is not read, of what is only checked for its CRC32."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +64,23 @@ class DcpContents:
             where = f"{self.directory / item.span.file}: {item.name}"
             try:
                 found += self._extent(item, source, where)
+            except UnsupportedError as error:
+                self.findings.add_unsupported(str(error))
             except CkptError as error:
                 self.findings.add("structure", str(error))
         return found
 
     def _extent(self, item: Item, source: Source, where: str) -> list[Extent]:
         from ckpt_core.format.chunks import locate_chunk
+        from ckpt_core.format.zips import data_offset, members
         from ckpt_core.io.reader import load_value
 
+        if item.unsupported:
+            self.findings.add_unsupported(f"{where}: {item.unsupported}")
+            return [
+                Extent(data_offset(source, item.span, member, where), member.nbytes, item.name, None, member.crc32)
+                for member in sorted(members(source, item.span, where), key=lambda member: member.header)
+            ]
         if item.dtype is None:
             load_value(source, item.span, where)
             return []
@@ -127,6 +140,9 @@ def _items(index: Index) -> Iterator[Item]:
             yield Item(name, chunk.span, entry.dtype, chunk.sizes)
     for name, span in index.values.items():
         yield Item(name, span, None, ())
+    for name, unread in index.unsupported.items():
+        for span in unread.spans:
+            yield Item(name, span, None, (), unread.reason)
 
 
 def _shares(items: Sequence[Item]) -> Iterator[Sequence[Item]]:
@@ -144,3 +160,27 @@ def _shares(items: Sequence[Item]) -> Iterator[Sequence[Item]]:
 def elements_of(items: Sequence[Item]) -> int:
     """Return how many elements chunks have together."""
     return sum(math.prod(item.sizes) for item in items if item.dtype is not None)
+
+
+def dcp_checks(contents: Mapping[str, DcpContents], work: Work, models: Collection[str]) -> list[Check]:
+    """Return the checks of DCP directories that were read.
+
+    Args:
+        contents: what they hold, by name.
+        work: what was found.
+        models: the names of those in which NaN and Inf are wrong.
+    """
+    if not contents:
+        return [work.structure_check("")] if work.findings.problems["structure"] else []
+    tensors = sum(len(each.index.tensors) for each in contents.values())
+    values = sum(len(each.index.values) for each in contents.values())
+    unsupported = sorted(work.findings.unsupported)
+    said = f"{tensors} tensors, {values} values"
+    said += f" in {', '.join(sorted(contents))}" if len(contents) > 1 else ""
+    if unsupported:
+        said += f"; {len(unsupported)} that are not read, of which only the CRC32 was checked if anything, such as "
+        said += unsupported[0]
+    checks = [work.structure_check(said), work.crc32_check()]
+    if any(name in models for name in contents):
+        checks.append(work.values_check(sum(elements_of(contents[n].items) for n in contents if n in models)))
+    return checks

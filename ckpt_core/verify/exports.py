@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 from ckpt_core.errors import CkptError
 from ckpt_core.export import EXPORT_NAME, Export, read_export
 from ckpt_core.format.source import Source
-from ckpt_core.hf_weights import SUFFIX, HfWeights, read_weights
+from ckpt_core.hf_weights import INDEX_SUFFIX, HfWeights, read_weights
 from ckpt_core.safetensors_header import StoredTensor
-from ckpt_core.verify.code import code_check
+from ckpt_core.verify.code import code_check, is_config
 from ckpt_core.verify.report import Check, Report
 from ckpt_core.verify.scan import Extent, Reading, parts
+from ckpt_core.verify.tree import read_tree
 from ckpt_core.verify.work import Work
 
 if TYPE_CHECKING:
@@ -24,20 +25,35 @@ Chosen = Mapping[str, Mapping[str, StoredTensor]]
 """Tensors to verify, by the file that holds them."""
 
 
-def verify_huggingface(place: Place, work: Work) -> Report:
-    """Check any Hugging Face directory, or one of its files: structure, values, and that it brings no code."""
+_DOCUMENTS = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "USE_POLICY.md")
+"""Files that nothing loads, and that people add to an export."""
+
+
+def huggingface_checks(place: Place, files: Mapping[str, Place], work: Work) -> tuple[list[Check], set[str]]:
+    """Check a Hugging Face directory, or one of its files: structure, values, and that it brings no code.
+
+    Args:
+        place: the directory, or the file.
+        files: what lies in the directory and below it, by its path there; empty for a file.
+        work: what is asked for.
+
+    Returns:
+        The checks, and the files that were looked into.
+    """
     weights = _weights(place, work)
     chosen = _choose(weights, work)
     work.read(_parts(weights, chosen, work))
     checks = _weights_checks(weights, chosen, work)
-    if place.is_dir():  # one file may be named by itself
-        checks.append(code_check(place, work))
-    return Report(str(place), "huggingface", tuple(checks), work.sample.said())
+    if files:
+        checks.append(code_check(files, work))
+    named = {name for name in files if is_config(name) or name.endswith(INDEX_SUFFIX)}
+    return checks, named | (set(weights.files) if weights else set())
 
 
 def verify_export(place: Place, work: Work) -> Report:
     """Check an export of ours: its record, each file's sha256, structure, values, and that it brings no code."""
-    export, weights = _record(place, work), _weights(place, work)
+    files = read_tree(place).files
+    export, weights = _record(place, files, work), _weights(place, work)
     chosen = _choose(weights, work)
     whole = export is not None and work.sample.everything
     work.read(_files(place, export, chosen, work) if export and whole else _parts(weights, chosen, work))
@@ -47,19 +63,20 @@ def verify_export(place: Place, work: Work) -> Report:
         bare = sum(record["sha256"] is None for record in export.files.values())
         said += f"; {bare} of them have no digest there" if bare else ""
         checks.append(work.findings.check("digests", said))
-    checks += [*_weights_checks(weights, chosen, work), code_check(place, work)]
-    return Report(str(place), "export", tuple(checks), work.sample.said())
+    checks += [*_weights_checks(weights, chosen, work), code_check(files, work)]
+    added = tuple(name for name in files if name in _DOCUMENTS and export and name not in export.files)
+    return Report(str(place), "export", tuple(checks), work.sample.said(), added)
 
 
-def _record(place: Place, work: Work) -> Export | None:
-    """Read what `export.json` says; weights that it does not name are wrong, as `from_pretrained` might load them."""
+def _record(place: Place, files: Mapping[str, Place], work: Work) -> Export | None:
+    """Read what `export.json` says; a file that it does not name is wrong, as whoever loads the export may read it."""
     try:
         export = read_export(place)
     except (CkptError, OSError) as error:
         work.findings.add("record", str(error))
         return None
-    for file in sorted(entry.name for entry in place.iterdir()):
-        if file.endswith(SUFFIX) and file not in export.files:
+    for file in sorted(files):
+        if file not in export.files and file not in (EXPORT_NAME, *_DOCUMENTS):
             work.findings.add("record", f"{place / file}: not in {EXPORT_NAME}; delete the file, or convert again.")
     return export
 

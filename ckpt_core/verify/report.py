@@ -38,6 +38,9 @@ class Report:
     sample: str = ""
     """What was left out, of a verification by sample."""
 
+    unchecked: tuple[str, ...] = ()
+    """Files that are there and were not looked into, such as pickles, by their path below `path`."""
+
     @property
     def passed(self) -> bool:
         """Whether every check passed."""
@@ -54,12 +57,20 @@ class Findings:
     def __init__(self) -> None:
         self.problems: defaultdict[str, list[str]] = defaultdict(list)
         self.counts: Counter[str] = Counter()
+        self.unsupported: list[str] = []
+        """What is stored in forms that are not read, so that no more than its bytes could be checked, and why."""
+
         self._lock = Lock()
 
     def add(self, check: str, problem: str) -> None:
         """Note why a check fails."""
         with self._lock:
             self.problems[check].append(problem)
+
+    def add_unsupported(self, what: str) -> None:
+        """Note what could not be checked; that is no reason for a check to fail."""
+        with self._lock:
+            self.unsupported.append(what)
 
     def count(self, what: str, number: int = 1) -> None:
         """Count something."""

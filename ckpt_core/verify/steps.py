@@ -1,4 +1,4 @@
-"""The checks of a committed step, and of any DCP directory."""
+"""The checks of a committed step."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from ckpt_core.errors import CkptError
 from ckpt_core.export import plan_export
 from ckpt_core.export.assets import read_assets
 from ckpt_core.export.carried import CONFIG_NAME
-from ckpt_core.format.index import METADATA_NAME
+from ckpt_core.format.index import is_dcp
 from ckpt_core.format.manifest import MANIFEST_NAME, Manifest
 from ckpt_core.format.source import Source
 from ckpt_core.generators import read_generators
 from ckpt_core.hf_weights import SUFFIX
 from ckpt_core.store import open_checkpoint
-from ckpt_core.verify.dcp import DcpContents, elements_of, read_contents
+from ckpt_core.verify.dcp import DcpContents, dcp_checks, read_contents
 from ckpt_core.verify.report import Check, Report, run
 from ckpt_core.verify.scan import Extent, Reading
 from ckpt_core.verify.work import Work
@@ -27,14 +27,6 @@ if TYPE_CHECKING:
 
 MODEL = "model"
 _MAX_STATE_BYTES = 1 << 26
-
-
-def verify_dcp(directory: Place, work: Work) -> Report:
-    """Check a DCP directory: structure, the CRC32 of each chunk, values."""
-    contents = read_contents(directory, work.findings, finite=work.finite, choose=work.sample.choose)
-    found = {MODEL: contents} if contents else {}
-    work.read([reading for each in found.values() for reading in each.readings()])
-    return Report(str(directory), "dcp", tuple(_dcp_checks(found, work)), work.sample.said())
 
 
 def verify_step(place: Place, work: Work) -> Report:
@@ -64,7 +56,7 @@ def _step_checks(root: Place, manifest: Manifest | None, work: Work) -> list[Che
     checks = [work.findings.check("manifest", detail)]
     if any(reading.digest for reading in readings):
         checks.append(work.findings.check("digests", f"{len(readings)} files as the manifest says"))
-    checks += _dcp_checks(contents, work)
+    checks += dcp_checks(contents, work, {MODEL})
     if counted or work.findings.problems["trainer"]:
         checks.append(work.findings.check("trainer", f"{counted} files of counters and generators"))
     if (root / MODEL).is_dir() and (root / "assets" / CONFIG_NAME).is_file():
@@ -91,7 +83,7 @@ def _components(root: Place, work: Work) -> dict[str, DcpContents]:
     """Return what the step's DCP directories hold; NaN and Inf are wrong in the model's."""
     found: dict[str, DcpContents] = {}
     for directory in sorted(root.iterdir(), key=lambda entry: entry.name):
-        if (directory / METADATA_NAME).exists():
+        if is_dcp(directory):
             finite = work.finite and directory.name == MODEL
             contents = read_contents(directory, work.findings, finite=finite, choose=work.sample.choose)
             found |= {directory.name: contents} if contents else {}
@@ -125,17 +117,6 @@ def _readings(root: Place, manifest: Manifest, contents: Mapping[str, DcpContent
 def _nothing(_: Source) -> Sequence[Extent]:
     """Return the extents of a file that is no DCP file."""
     return ()
-
-
-def _dcp_checks(contents: Mapping[str, DcpContents], work: Work) -> list[Check]:
-    if not contents:
-        return [work.structure_check("")] if work.findings.problems["structure"] else []
-    tensors = sum(len(each.index.tensors) for each in contents.values())
-    values = sum(len(each.index.values) for each in contents.values())
-    checks = [work.structure_check(f"{tensors} tensors, {values} values"), work.crc32_check()]
-    if MODEL in contents:
-        checks.append(work.values_check(elements_of(contents[MODEL].items)))
-    return checks
 
 
 def _fit(root: Place) -> str:

@@ -5,6 +5,8 @@ import itertools
 import json
 import os
 import pickle
+import pickletools
+import re
 import shutil
 import warnings
 from contextlib import suppress
@@ -22,11 +24,12 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata
 
 from ckpt_core import io
-from ckpt_core.errors import CheckpointError, DamagedError, NotACheckpointError, UntrustedError
-from ckpt_core.format import pickles
+from ckpt_core.errors import CheckpointError, DamagedError, NotACheckpointError, UnsupportedError, UntrustedError
+from ckpt_core.format import dtypes, pickles
 from ckpt_core.format.cover import gap_or_overlap
 from ckpt_core.format.digests import ALGORITHM, digest_bytes
 from ckpt_core.format.index import METADATA_NAME, TWIN_NAME, TWIN_VERSION, read_index, twin_bytes
+from ckpt_core.format.pickled_names import may_run_code
 from ckpt_core.io.metadata import to_index, to_metadata
 
 STATE = {
@@ -207,14 +210,19 @@ class TestFiles:
         os.truncate(directory / METADATA_NAME, (1 << 30) + 1)
         refused(directory, DamagedError, "expected 1 to")
 
-    def test_the_stock_fallback_is_not_taken(self, directory):
-        """DCP would read `__0.metadata` instead; here it is nothing."""
+    def test_metadata_of_ranks_runs_nothing_either(self, directory):
+        """What DCP reads where there is no `.metadata` is read by the same rules."""
         mark = directory / "ran"
         (directory / METADATA_NAME).rename(directory / "__0.metadata")
-        refused(directory, NotACheckpointError)
+        assert "model.z" in read_index(directory).tensors
         (directory / "__0.metadata").write_bytes(pickle.dumps(Evil(mark)))
-        refused(directory, NotACheckpointError)
+        refused(directory, UntrustedError)
         assert not mark.exists()
+
+    def test_both_kinds_of_metadata_are_of_two_saves(self, directory):
+        """One of the saves wrote over the other's files, and which one was later is not known."""
+        shutil.copy(directory / METADATA_NAME, directory / "__0.metadata")
+        refused(directory, DamagedError, "of two saves")
 
 
 class TestCode:
@@ -281,6 +289,12 @@ BOMBS = {
     "OrderedDict of a bomb": b"\x80\x04ccollections\nOrderedDict\n]" + tuple_bomb() + b"N\x86a\x85R.",
     "dict attributes": b"}}b.",
     "two million items": b"\x80\x04](" + b"N" * 2_000_000 + b"e.",
+    "empty dicts alone": b"\x80\x02" + b"}" * 300_000 + b".",
+    "empty lists alone": b"\x80\x02" + b"]" * 300_000 + b".",
+    "tuples in each other": b"\x80\x02N" + b"\x85" * 300_000 + b".",
+    "dicts of one item": b"\x80\x02" + b"}NNs" * 100_000 + b".",
+    "a memo that leaves numbers out": b"\x80\x04Nr\x00\x00\x01\x00" + b"\x94" * 300_000 + b".",
+    "ten thousand classes": b"\x80\x02" + b"".join(b"cx\nA%d\n" % n for n in range(10_000)) + b".",
 }
 
 
@@ -307,13 +321,17 @@ def test_a_bomb_in_each_field(directory):
         "transforms": lambda m: setattr(next(iter(m.storage_data.values())), "transform_descriptors", marker),
     }
     good = (directory / METADATA_NAME).read_bytes()
-    for change in fields.values():
+    for name, change in fields.items():
         (directory / METADATA_NAME).write_bytes(good)
         rewrite(directory, change)
         data = pickle.dumps(metadata_of(directory), protocol=2)  # no frames and no implicit memo numbers
         assert data.count(b"X\x09\x00\x00\x00BOMB-HERE") == 1
         (directory / METADATA_NAME).write_bytes(data.replace(b"X\x09\x00\x00\x00BOMB-HERE", _numbered_bomb()))
-        refused(directory)
+        if name == "transforms":  # some that are not known make no more than an entry that is not read
+            with cheap(), pytest.raises(UnsupportedError, match="stored through transforms"):
+                io.read_state(directory)
+        else:
+            refused(directory)
 
 
 def _numbered_bomb():
@@ -393,19 +411,36 @@ LIES = {
     "unknown dtype": lambda m: setattr(z(m).properties, "dtype", "float33"),
     "unknown item": lambda m: m.state_dict_metadata.update(x=3),
     "number for a name": lambda m: m.state_dict_metadata.update({3: BytesStorageMetadata()}),
-    "unknown version": lambda m: setattr(m, "version", "2.0.0"),
-    "number for a version": lambda m: setattr(m, "version", 1),
-    "unknown transform": lambda m: setattr(first_storage(m), "transform_descriptors", ["zstd"]),
     "recursive planner data": lambda m: m.planner_data.update({"model.z": recursive_list()}),
     "planner data in itself": lambda m: setattr(m, "planner_data", recursive_dict()),
     "planner data of text": lambda m: m.planner_data.update({"model.z": "model"}),
     "negative place in a list": lambda m: m.planner_data.update({"model.z": ("model", -1)}),
     "empty path": lambda m: m.planner_data.update({"model.z": ()}),
+    "number for a version": lambda m: setattr(m, "version", 1),
     "one shared byte": lambda m: setattr(list(m.storage_data.values())[1], "offset", first_storage(m).length - 1),
     "shared bytes": lambda m: [setattr(i, "offset", 0) for i in m.storage_data.values()],
     **{
         f"path {path!r}": lambda m, path=path: setattr(first_storage(m), "relative_path", path)
-        for path in ["../x", "/dev/zero", "a/b", "a\\b", "x\0y", "x\ny", "\udc80", "", ".", "..", None, 3, ["x"]]
+        for path in [
+            "../x",
+            "/dev/zero",
+            "a//b",
+            "a/../b",
+            "a/./b",
+            "a/",
+            "/",
+            "s3://a/b",
+            "a\\b",
+            "x\0y",
+            "x\ny",
+            "\udc80",
+            "",
+            ".",
+            "..",
+            None,
+            3,
+            ["x"],
+        ]
     },
     **{
         f"offset {offset!r}": lambda m, offset=offset: setattr(first_storage(m), "offset", offset)
@@ -416,6 +451,165 @@ LIES = {
         for length in [0, -1, 1 << 62, 1 << 200, 1.0, None]
     },
 }
+
+
+FOREIGN = {
+    "a path of Python 3.13": lambda data: renamed(data, b"pathlib", b"pathlib._local"),
+    "properties of torch 2.2": lambda data: renamed(
+        data, b"torch.distributed.checkpoint.metadata", OLD.encode(), of=b"TensorProperties"
+    ),
+    "fields of older versions": lambda data: changed(data, older),
+    "a path of Windows": lambda data: renamed(data, b"PosixPath", b"WindowsPath"),
+    "an object of a stranger beside": lambda data: changed(data, lambda m: setattr(m, "extra", Stranger())),
+    "a stranger in what is not needed": lambda data: changed(data, lambda m: setattr(m, "storage_meta", Stranger())),
+}
+OLD = "torch.distributed._shard.sharded_tensor.metadata"
+
+
+class Stranger:
+    """A class that this library does not know, as other planners and frameworks have."""
+
+
+def renamed(data, old, new, of=None):
+    """Return a pickle with another name in place of one, in frames that are as long as they say."""
+    parts = [data[s:e] for s, e in itertools.pairwise([*(place for *_, place in pickletools.genops(data)), len(data)])]
+    names = [n for n, part in enumerate(parts) if part[:1] == b"\x8c" and part[2:] == old]
+    assert names or of
+    if of:  # the module of one class alone: it stands in the memo before that, so it is given in place
+        place = next(n for n, part in enumerate(parts) if part[:1] == b"\x8c" and part[2:] == of)
+        names = [place - 2 if parts[place - 1] == b"\x94" else place - 1]
+    for name in names:
+        parts[name] = b"\x8c" + bytes([len(new)]) + new
+    return b"".join(part for part in parts if part[:1] != b"\x95")
+
+
+def changed(data, change):
+    """Return a pickle of the changed metadata."""
+    metadata = pickle.loads(data)
+    change(metadata)
+    return pickle.dumps(metadata)
+
+
+def older(metadata):
+    """Take away what metadata had not from the start."""
+    for name in ("planner_data", "storage_meta", "version"):
+        metadata.__dict__.pop(name, None)
+    for info in metadata.storage_data.values():
+        info.__dict__.pop("transform_descriptors", None)
+    for key in metadata.storage_data:
+        key.__dict__.pop("index", None)
+
+
+@pytest.mark.parametrize("change", FOREIGN.values(), ids=list(FOREIGN))
+def test_what_is_only_foreign_is_read(saved, directory, change):
+    """Metadata of other versions of Python and torch, and of other frameworks, says the same."""
+    data = (directory / METADATA_NAME).read_bytes()
+    (directory / METADATA_NAME).write_bytes(change(data))
+    assert (directory / METADATA_NAME).read_bytes() != data
+    assert read_index(directory).tensors == read_index(saved).tensors
+    found = {"model": {"z": torch.zeros(4, 3)}}
+    io.load(found, directory)
+    assert torch.equal(found["model"]["z"], STATE["model"]["z"])
+
+
+UNREAD = {
+    "transforms": (lambda m: setattr(storage_of(m, "model.a"), "transform_descriptors", ["x.zstd"]), "x.zstd"),
+    "a stranger's description": (lambda m: m.state_dict_metadata.update({"model.a": Stranger()}), "Stranger"),
+    "a stranger's place": (
+        lambda m: m.storage_data.update({next(k for k in m.storage_data if k.fqn == "model.a"): Stranger()}), "Stranger"
+    ),
+    "quantized elements": (
+        lambda m: setattr(m.state_dict_metadata["model.a"].properties, "dtype", torch.quint8), "quint8"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "reason"), UNREAD.values(), ids=list(UNREAD))
+def test_what_is_not_read_hides_nothing_else(directory, change, reason):
+    """One entry of a form that is not read is refused by name when it is asked for; the others load."""
+    rewrite(directory, change)
+    found = {"model": {"z": torch.zeros(4, 3)}}
+    io.load(found, directory)
+    assert torch.equal(found["model"]["z"], STATE["model"]["z"])
+    with cheap(), pytest.raises(UnsupportedError, match=f"model.a is .*{reason}"):
+        io.load({"model": {"a": torch.zeros(3).half()}}, directory)
+    with cheap(), pytest.raises(UnsupportedError, match=f"model.a is .*{reason}"):
+        io.read_state(directory)
+
+
+def test_an_element_type_of_the_future(saved, directory):
+    """A type that torch has no name for yet hides no tensor of another type."""
+    (directory / METADATA_NAME).write_bytes(renamed((saved / METADATA_NAME).read_bytes(), b"float16", b"float7_e3m3"))
+    index = read_index(directory)
+    assert index.unsupported["model.a"].reason.endswith("torch.float7_e3m3")
+    assert index.tensors.keys() == {"model.z", "model.scalar", "groups.1.empty"}
+
+
+def test_another_version_is_unsupported(directory):
+    """Metadata of another version is not called damaged or hostile."""
+    rewrite(directory, lambda m: setattr(m, "version", "2.0.0"))
+    assert "update ckptflow" in refused(directory, UnsupportedError)
+
+
+def test_files_below_the_directory(directory):
+    """A writer may put its files into directories below the metadata's."""
+    (directory / "a" / "b").mkdir(parents=True)
+    (directory / "__0_0.distcp").rename(directory / "a" / "b" / "x.distcp")
+    rewrite(directory, lambda m: [setattr(i, "relative_path", "a/b/x.distcp") for i in m.storage_data.values()])
+    assert torch.equal(io.read_state(directory)["model"]["z"], STATE["model"]["z"])
+
+
+PLAIN_BYTES = [n for n in dtypes.NAMES if hasattr(torch, n) and not n.startswith(("int", "uint", "bits", "bool"))]
+
+
+@pytest.mark.parametrize("ours", [True, False])
+@pytest.mark.parametrize("name", PLAIN_BYTES)
+def test_types_of_plain_bytes(tmp_path, name, ours):
+    """Whatever torch can or cannot compute with a type, its bytes come back; of our own saves and of torch's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tensor = torch.arange(32, dtype=torch.uint8).view(getattr(torch, name)).clone()
+        io.save({"t": tensor}, tmp_path / "d") if ours else dcp.save({"t": tensor}, checkpoint_id=tmp_path / "d")
+        back = io.read_state(tmp_path / "d")["t"]
+    assert back.dtype == tensor.dtype
+    assert torch.equal(back.view(torch.uint8), tensor.view(torch.uint8))
+
+
+INERT = [
+    ("argparse", "Namespace"), ("datetime", "datetime"), ("pathlib", "PurePath"), ("numpy.core.multiarray", "scalar"),
+    ("omegaconf.dictconfig", "DictConfig"), ("transformers.training_args", "TrainingArguments"), ("uuid", "UUID"),
+    ("megatron.core.transformer.enums", "AttnBackend"), ("builtins", "ValueError"), ("torch", "float7_e3m3"),
+    ("torch._utils", "_rebuild_qtensor"), ("_io", "BytesIO"), ("__builtin__", "set"), ("a.b", "_Private.Nested"),
+]  # fmt: skip
+RUNNING = [
+    ("os", "system"), ("posix", "system"), ("subprocess", "Popen"), ("builtins", "eval"), ("__builtin__", "getattr"),
+    ("functools", "partial"), ("operator", "attrgetter"), ("torch", "load"), ("torch.hub", "load"),
+    ("runpy", "run_path"),
+    ("torch.jit", "CompilationUnit"), ("torch.storage", "_load_from_bytes"), ("numpy", "load"), ("pickle", "loads"),
+    ("cloudpickle.cloudpickle", "CloudPickler"), ("a.b", "function"), ("a.b", "Class.method"), ("ctypes", "CDLL"),
+    ("importlib", "import_module"), ("pathlib", "os.system"), ("torch", "Tensor.os"), ("webbrowser", "open"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("module", "name"), INERT)
+def test_inert_classes_are_not_called_hostile(module, name):
+    """What cannot run code is unsupported where it is not known, and the message tells nobody to keep away."""
+    assert not may_run_code(module, name)
+    with pytest.raises(UnsupportedError, match=re.escape(f"{module}.{name}")) as caught:
+        pickles.loads(b"\x80\x04\x8c" + bytes([len(module)]) + module.encode() + _short(name) + b"\x93.", {}, "here")
+    assert not re.search("hostile|run code|Do not load", str(caught.value))
+
+
+def _short(text):
+    return b"\x8c" + bytes([len(text)]) + text.encode()
+
+
+@pytest.mark.parametrize(("module", "name"), RUNNING)
+def test_what_could_run_code_is_untrusted(module, name):
+    """Functions and classes that could run code are, wherever they are asked for."""
+    for unknown in (False, True):
+        with pytest.raises(UntrustedError, match="could run code"):
+            pickles.loads(b"\x80\x04" + _short(module) + _short(name) + b"\x93.", {}, "here", unknown=unknown)
 
 
 @pytest.mark.parametrize("change", LIES.values(), ids=list(LIES))

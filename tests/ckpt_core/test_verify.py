@@ -8,7 +8,9 @@ import pickle
 import shutil
 import warnings
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 import torch
@@ -17,14 +19,18 @@ from hostile_files import Evil, rewrite
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from upath import UPath
 
 from ckpt_core import PyTorchCheckpoint, open_checkpoint
-from ckpt_core.errors import ArgumentError, NotACheckpointError
+from ckpt_core.errors import ArgumentError, NotACheckpointError, UnsupportedError
 from ckpt_core.export import EXPORT_NAME, convert_checkpoint
 from ckpt_core.format.index import METADATA_NAME, TWIN_NAME, read_index
-from ckpt_core.format.manifest import MANIFEST_NAME
-from ckpt_core.format.source import LocalSource
+from ckpt_core.format.manifest import MANIFEST_NAME, read_manifest, record_bytes
+from ckpt_core.format.payload import locate
+from ckpt_core.format.source import LocalSource, open_source
+from ckpt_core.format.zips import data_offset, members
+from ckpt_core.io import read_state
 from ckpt_core.verify import verify
 from ckpt_core.verify.report import Findings
 from ckpt_core.verify.scan import Extent, Reading, Scan
@@ -112,7 +118,7 @@ class TestStep:
         """Every check passes, and the report is of JSON types."""
         report = verify(step)
         assert report.passed, report
-        names = ["manifest", "digests", "structure", "crc32", "values", "architecture"]
+        names = ["manifest", "digests", "structure", "crc32", "values", "trainer", "architecture"]
         assert (report.kind, [check.name for check in report.checks]) == ("checkpoint", names)
         assert json.loads(json.dumps(report.to_dict()))["passed"] is True
         assert "none NaN or Inf" in detail(report, "values")
@@ -135,7 +141,8 @@ class TestStep:
         flip(step / MANIFEST_NAME, 200)
         report = verify(step)
         assert failed(report) == {"manifest"}
-        assert [check.name for check in report.checks] == ["manifest", "structure", "crc32", "values", "architecture"]
+        names = ["manifest", "structure", "crc32", "values", "trainer", "architecture"]
+        assert [check.name for check in report.checks] == names
 
     def test_a_file_too_many(self, step):
         """A file that the manifest does not name fails: a committed step never changes."""
@@ -188,6 +195,17 @@ class TestStep:
         path.write_text(json.dumps({**config, "num_hidden_layers": 3}))
         assert failed(verify(step)) == {"manifest", "architecture"}
 
+    def test_generators_and_counters(self, step):
+        """A state that no generator has, and counters that are no object, fail, whatever their digests are."""
+        manifest = read_manifest(step)
+        for name, content in (("rank_00000.safetensors", b"x"), ("state.json", b"[" * 100_000)):
+            (step / "trainer" / name).write_bytes(content)
+            manifest = replace(manifest, files={**manifest.files, f"trainer/{name}": record_bytes(content)})
+            (step / "manifest.json").write_bytes(manifest.to_bytes())
+            report = verify(step)
+            assert failed(report) == {"trainer"}
+            assert name in " ".join(report.checks[-2].problems)
+
     def test_without_a_model(self, tmp_path):
         """A step of an optimizer alone has no values of a model to check."""
         optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
@@ -239,7 +257,8 @@ class TestStep:
         """A sample checks some chunks, the same for the same seed, and says what it left out."""
         report = verify(step, sample=0.1, seed=7)
         assert report.passed
-        assert [check.name for check in report.checks] == ["manifest", "structure", "crc32", "values", "architecture"]
+        names = ["manifest", "structure", "crc32", "values", "trainer", "architecture"]
+        assert [check.name for check in report.checks] == names
         total = sum(len(read_index(step / part).spans()) for part in ("model", "optimizer"))
         assert report.sample.startswith("10 % of chunks: ")
         assert report.sample.endswith(f" of {total}; digests of whole files not checked")
@@ -440,6 +459,92 @@ class TestDcp:
             )
             assert failed(verify(tmp_path / "dcp")) == wrong
 
+    def test_every_dcp_directory_below(self, tmp_path):
+        """Of a framework's checkpoint each DCP directory is checked, and what was not looked into is named."""
+        model = torch.nn.Linear(4, 4)
+        optimizer = torch.optim.AdamW(model.parameters())
+        model(torch.ones(4)).sum().backward()
+        optimizer.step()
+        self.save({"model": model.state_dict()}, tmp_path / "pytorch_model_fsdp_0")
+        self.save({"optimizer": get_optimizer_state_dict(model, optimizer)}, tmp_path / "optimizer_0")
+        for name in ("scheduler.bin", "random_states_0.pkl", "optimizer_0/__7_0.distcp"):
+            (tmp_path / name).write_bytes(b"x")
+        report = verify(tmp_path)
+        assert (report.passed, report.kind, report.path) == (True, "dcp", str(tmp_path))
+        assert "in optimizer_0, pytorch_model_fsdp_0" in detail(report, "structure")
+        assert report.unchecked == ("random_states_0.pkl", "scheduler.bin", "optimizer_0/__7_0.distcp")
+        assert report.to_dict()["unchecked"] == report.unchecked
+        span = read_index(tmp_path / "optimizer_0").tensors["optimizer.state.weight.exp_avg"].chunks[0].span
+        with open_source(tmp_path / "optimizer_0" / span.file) as source:
+            flip(tmp_path / "optimizer_0" / span.file, locate(source, span, "").offset)
+        report = verify(tmp_path)
+        assert failed(report) == {"crc32"}
+        assert "optimizer_0" in detail(report, "crc32")
+
+    def test_infinity_in_an_optimizer(self, tmp_path):
+        """What an optimizer keeps may be infinite; a model's values may not."""
+        self.save({"optimizer": {"w": torch.tensor([float("inf")])}}, tmp_path / "optimizer")
+        self.save({"model": {"w": torch.ones(1)}}, tmp_path / "weights")
+        assert verify(tmp_path).passed
+        self.save({"model": {"w": torch.tensor([float("inf")])}}, tmp_path / "ema")
+        assert failed(verify(tmp_path)) == {"values"}
+
+    def test_dcp_and_safetensors(self, tmp_path):
+        """Weights next to a DCP directory are checked, too."""
+        self.save({"optimizer": {"w": torch.ones(1)}}, tmp_path / "optimizer_0")
+        save_file({"w": torch.tensor([float("nan")])}, tmp_path / "model.safetensors")
+        assert failed(verify(tmp_path)) == {"values"}
+
+    def test_what_is_not_read_is_not_bad(self, tmp_path):
+        """Quantized tensors, other objects and transformed items are named; the CRC32 of their bytes is checked."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            quantized = torch.quantize_per_tensor(torch.ones(64), 0.1, 0, torch.quint8)
+        state = {"w": torch.ones(2), "q": quantized, "train_state": {"losses": io.BytesIO(b"abc")}}
+        self.save(state, tmp_path / "step-10")
+        report = verify(tmp_path)
+        assert report.passed
+        assert "2 that are not read" in detail(report, "structure")
+        span = read_index(tmp_path / "step-10").unsupported["q"].spans[0]
+        with open_source(tmp_path / "step-10" / span.file) as source:
+            member = next(m for m in members(source, span, "") if m.name == "data/0")
+            flip(tmp_path / "step-10" / span.file, data_offset(source, span, member, ""))
+        assert failed(verify(tmp_path)) == {"crc32"}
+
+    @pytest.mark.parametrize("form", [b"\x28\xb5\x2f\xfd", b"\x1f\x8b", (200).to_bytes(8, "little") + b'{"t"'])
+    def test_streams_of_another_form(self, directory, form):
+        """A chunk that is a stream of a known other form is not read; it is no zip that was cut short."""
+        span = read_index(directory).tensors["a"].chunks[0].span
+        with (directory / span.file).open("r+b") as file:
+            file.seek(span.offset)
+            file.write(form + b"\0" * (span.length - len(form)))
+        report = verify(directory)
+        assert report.passed
+        assert "1 that are not read" in detail(report, "structure")
+        with pytest.raises(UnsupportedError, match="which this library does not read"):
+            read_state(directory)
+
+    def test_compressed_zips(self, directory):
+        """So with a zip whose entries are compressed."""
+        span = read_index(directory).tensors["a"].chunks[0].span
+        data = (directory / span.file).read_bytes()
+        packed = io.BytesIO()
+        with ZipFile(io.BytesIO(data[span.offset : span.offset + span.length])) as old, ZipFile(packed, "w", 8) as new:
+            for name in old.namelist():
+                new.writestr(name, old.read(name))
+        (directory / "packed").write_bytes(packed.getvalue())
+        rewrite(directory, lambda m: vars(next(i for k, i in m.storage_data.items() if k.fqn == "a")).update(
+            relative_path="packed", offset=0, length=len(packed.getvalue())
+        ))  # fmt: skip
+        assert verify(directory).passed
+        with pytest.raises(UnsupportedError, match="is compressed"):
+            read_state(directory)
+
+    def test_committed_steps_below(self, step):
+        """A run's directory holds steps, each with its manifest: they are verified one by one."""
+        with pytest.raises(NotACheckpointError, match="committed steps below it"):
+            verify(step.parent)
+
     def test_nothing_there(self, tmp_path):
         """Where there is neither checkpoint nor export, there is no report."""
         with pytest.raises(NotACheckpointError):
@@ -505,11 +610,25 @@ class TestExport:
         assert failed(report) == {"record"}
         assert "model-stale.safetensors" in detail(report, "record")
 
+    @pytest.mark.parametrize(
+        "name",
+        ["sub/evil.py", "pytorch_model.bin", "tokenizer.json", "adapter_config.json", "chat_template.jinja", "x"],
+    )
+    def test_any_file_that_is_not_recorded(self, export, name):
+        """Whatever is added to an export, its loader may read; only documents are left to people."""
+        (export / "README.md").write_text("A model.")
+        assert verify(export).unchecked == ("README.md",)
+        (export / name).parent.mkdir(exist_ok=True)
+        (export / name).write_text("{}")
+        report = verify(export)
+        assert "record" in failed(report)
+        assert name in detail(report, "record")
+
     def test_code(self, export):
         """Python code that somebody put beside an export fails."""
         (export / "modeling_x.py").write_text("")
         report = verify(export)
-        assert failed(report) == {"code"}
+        assert failed(report) == {"code", "record"}
         assert "trust_remote_code" in detail(report, "code")
 
     def test_a_file_too_few(self, export):
@@ -584,6 +703,15 @@ class TestHuggingFace:
         assert failed(report) == {"values"}
         assert f"{path}: {name}: " in detail(report, "values")
         assert verify(directory, allow_nonfinite=True).passed
+
+    def test_pickles_are_named(self, directory):
+        """What is not looked into is in the report, pickles first."""
+        for name in ("training_args.bin", "README.md", "runs/events.out", ".hidden"):
+            (directory / name).parent.mkdir(exist_ok=True)
+            (directory / name).write_bytes(b"x")
+        report = verify(directory)
+        assert report.passed
+        assert report.unchecked == ("training_args.bin", "README.md", "runs/events.out")
 
     def test_a_single_file_beside_an_index(self, directory):
         """Weights twice over, split and in one file, fail the structure, for one of the two is not meant."""
