@@ -77,3 +77,15 @@ def test_the_tree_is_there():
         for name in names.split(", "):
             parents[depth:] = [name]
             assert (ROOT / "".join(parents[: depth + 1])).exists(), name
+
+
+def test_each_promise_names_tests_that_are_there():
+    """Each line of "What holds" links to tests, and each of them is there."""
+    [section] = re.findall(r"^## What holds\n(.*?)^## ", README, re.MULTILINE | re.DOTALL)
+    promises = re.split(r"^- ", section, flags=re.MULTILINE)[1:]
+    assert len(promises) >= 10
+    for promise in promises:
+        links = re.findall(r"\[(test_\w+)\]\(([\w/]+\.py)\)", promise)
+        assert links, promise
+        for name, path in links:
+            assert re.search(rf"^ *def {name}\(", (ROOT / path).read_text(), re.MULTILINE), f"{path}: no {name}"
