@@ -148,8 +148,9 @@ class PyTorchCheckpoint(DataClassJsonMixin):
             parts, store = commit.agree(described, lambda: open_store(url))
             return commit.commit(store, ranks.together(lambda: commit.live(parts)))
 
+        reference = ranks.together(write)  # refuses what cannot be copied, too: what JSON does not hold
         saved = PyTorchCheckpoint(self.module, copy.deepcopy(self.hyperparameters), self.optimizer)
-        saved._reference = ranks.together(write)
+        saved._reference = reference
         return saved
 
     def restore(

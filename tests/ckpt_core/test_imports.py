@@ -153,7 +153,7 @@ class TestWhatIsMade:
         """The path of a safetensors file means that file, with the config beside it, whatever else lies there."""
         source = copy_with(llama, tmp_path / "hf")
         (source / "other.safetensors").write_bytes((source / WEIGHTS).read_bytes())
-        refused(errors.DamagedError, "no index to say which", source, tmp_path / "out" / "dcp")
+        refused(errors.DamagedError, "and nothing says which is meant", source, tmp_path / "out" / "dcp")
         made = import_hf(source / WEIGHTS, tmp_path / "dcp")
         assert_same(state_of(made.path), dict(model_of("llama").state_dict()))
 
