@@ -141,14 +141,20 @@ def find_prefix(
 
 
 def left_over(index: Index, prefix: str, names: Iterable[str], values: Collection[str] = ()) -> list[str]:
-    """Return the tensors of a checkpoint that are neither the model's nor what frameworks keep beside one."""
+    """Return the tensors of a checkpoint that are neither the model's nor what is kept beside one.
+
+    Beside a model that has a prefix, a single tensor such as `rng` is no module's: modules have names of their own.
+    """
     above = prefix[: prefix[:-1].rfind(".") + 1]  # `app.model.` stands beside `app.optimizer.`
     own = {prefix + name for name in names}
     inside = tuple(f"{prefix}{name}." for name in values)
     return [
         name
         for name in index.tensors
-        if name not in own and not name.startswith(inside) and not _is_beside(name.removeprefix(above))
+        if name not in own
+        and not name.startswith(inside)
+        and not _is_beside(name.removeprefix(above))
+        and not (prefix and "." not in name.removeprefix(above))
     ]
 
 

@@ -128,7 +128,8 @@ class ModelPlan:
         values = [name for name in own if name not in tensors]
         found = find_prefix(index, tensors, str(directory), prefix, values=values)
         targets = {name: _checked(index, found + name, tensor, directory) for name, tensor in tensors.items()}
-        unread = left_over(index, found, tensors, values)
+        single = [name for name in index.tensors if found and "." not in name]
+        unread = [*left_over(index, found, tensors, values), *single, *index.unsupported]
         if unread:
             count = len(unread)
             _log.warning("%s: %d tensors are not the model's and stay unread, such as %s", directory, count, unread[0])

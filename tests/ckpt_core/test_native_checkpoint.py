@@ -466,6 +466,22 @@ class TestOtherWriters:
         load_checkpoint(other, str(tmp_path / "b"), prefix="")
         assert "odd" in caplog.text
 
+    @pytest.mark.parametrize("dtype", ["float32", "complex32", "float4_e2m1fn_x2", "quint8"])
+    @pytest.mark.filterwarnings("ignore:ComplexHalf", "ignore:TypedStorage", "ignore:.*quantize", "ignore:torch.ao")
+    def test_a_single_tensor_beside_the_model_stays_unread(
+        self, tmp_path: Path, dtype: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Whatever its type, it hides no other, and the log names it."""
+        model, other = layers(), layers(seed=1)
+        if dtype == "quint8":
+            beside = torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.quint8)
+        else:
+            beside = torch.zeros(8, dtype=torch.uint8).view(getattr(torch, dtype))
+        stock_save({"model": dict(model.state_dict()), "beside": beside}, tmp_path / "w")
+        load_checkpoint(other, str(tmp_path / "w"))
+        assert_same(snapshot(other), snapshot(model))
+        assert "such as beside" in caplog.text
+
     def test_a_part_of_a_larger_model_loads(self, tmp_path: Path) -> None:
         """A model whose names stand deeper in the checkpoint is filled from there, if the caller says so."""
         whole = nn.ModuleDict({"trunk": layers(), "head": nn.Linear(1, 1)})
