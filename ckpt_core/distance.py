@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ckpt_core.format.dtypes import OPAQUE
+
 _PART = 1 << 14
 """Elements that are made 64-bit numbers at a time: they fit the cache, and no library starts threads for so few."""
 
@@ -105,6 +107,8 @@ def _squared(values: torch.Tensor) -> float:
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
+    if str(x.dtype).removeprefix("torch.") in OPAQUE:
+        x = x.view(torch.int16 if x.itemsize == 2 else torch.uint8)  # noqa: PLR2004 - bytes
     return x.to(torch.complex128 if x.is_complex() else torch.float64)
 
 

@@ -145,9 +145,11 @@ def make_lock_file(path: Path, mode: int = EXCLUSIVE) -> Lock | None:
 
 def remove_lock_file(lock: Lock) -> None:
     """Remove a lock file and unlock it; in this order, so that nobody locks a file that is about to go."""
-    with suppress(OSError):  # what stays is taken over by the next one
-        lock.path.unlink()
-    lock.release()
+    try:
+        with suppress(OSError):  # what stays is taken over by the next one
+            lock.path.unlink()
+    finally:
+        lock.release()
 
 
 def take(handle: int, mode: int, path: Path) -> bool:

@@ -25,7 +25,7 @@ from ckpt_core.format.chunks import bytes_of
 from ckpt_core.format.digests import crc32
 from ckpt_core.format.index import Chunk, Index, Shape, Span, TensorEntry
 from ckpt_core.io.archive import Archive
-from ckpt_core.io.metadata import to_metadata
+from ckpt_core.io.metadata import stock_metadata
 from ckpt_core.io.writer import DigestWriter
 
 CHUNK_BYTES = 64 << 20
@@ -155,7 +155,7 @@ def write_metadata(directory: Path, chunks: Mapping[str, Sequence[tuple[Part, Sp
         CommitError: a chunk is missing, or was written twice.
     """
     tensors = {f"{key}.{name}": _entry(parts) for name, parts in chunks.items()}
-    metadata = to_metadata(Index(tensors, {}, {f"{key}.{name}": (key, name) for name in chunks}))
+    metadata = stock_metadata(Index(tensors, {}, {f"{key}.{name}": (key, name) for name in chunks}))
     results = [
         WriteResult(index=index, size_in_bytes=stored.length, storage_data=stored)
         for index, stored in (metadata.storage_data or {}).items()

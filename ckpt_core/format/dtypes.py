@@ -35,6 +35,9 @@ _TABLE = {
 NAMES = tuple(_TABLE)
 ITEMSIZE = {name: size for name, (_, size) in _TABLE.items()}
 SAFETENSORS = {name: code for name, (code, _) in _TABLE.items() if code is not None}
+OPAQUE = frozenset(list(_TABLE)[list(_TABLE).index("float4_e2m1fn_x2") :])
+"""Types that torch does not convert to others: only their bits can be compared."""
+
 FLOATING = frozenset(name for name in _TABLE if "float" in name)
 QUANTIZED = frozenset({"qint8", "qint32", "quint8", "quint2x4", "quint4x2"})
 """Types whose elements mean nothing without a scale, which lies in the header of each chunk."""

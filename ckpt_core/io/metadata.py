@@ -66,6 +66,14 @@ def to_index(metadata: Metadata) -> Index:
 
 def to_metadata(index: Index) -> IndexMetadata:
     """Return an index as the metadata that DCP's planners work on."""
+    stock = stock_metadata(index)
+    return IndexMetadata(
+        stock.state_dict_metadata, stock.planner_data, stock.storage_data, stock.storage_meta, index=index
+    )
+
+
+def stock_metadata(index: Index) -> Metadata:
+    """Return an index as DCP's own metadata, whose pickle any installation of torch reads."""
     items: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     storage: dict[MetadataIndex, _StorageInfo] = {}
     for name, entry in index.tensors.items():
@@ -81,4 +89,4 @@ def to_metadata(index: Index) -> IndexMetadata:
         storage[MetadataIndex(name)] = _StorageInfo(span.file, span.offset, span.length)
     # Planners take these for values, and the reader refuses them by name when one asks for them.
     items |= {name: BytesStorageMetadata() for name in index.unsupported}
-    return IndexMetadata(items, dict(index.paths), storage, StorageMeta(), index=index)
+    return Metadata(items, dict(index.paths), storage, StorageMeta())

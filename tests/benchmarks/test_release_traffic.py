@@ -52,7 +52,7 @@ def test_traffic(race: Any, benchmark: Any, server: HubServer, megabytes: int, t
         ("unchanged release", again, 0, 0),
         ("release of one new shard of 4", changed, whole, shard),
     ):
-        assert hashed + new <= read < hashed + new + small
+        assert hashed <= read < hashed + new + small  # what is sent may still be in the client's memory
         assert new <= sent < new + small
         goal, detail = f"{(hashed + new) / whole:.2f}", f"{read / 1e6:.2f} MB read, {sent / 1e6:.2f} MB sent"
         race.note(what, "bytes of the release", read / whole, goal, good=True, detail=detail)

@@ -79,7 +79,7 @@ def test_it_learns(finished: Finished):
 
 def test_it_passes_its_checks_and_publishes_v1(finished: Finished):
     """Every check passes, the first release is v1, and checkpoint and Hub lie below the working directory."""
-    assert len(re.findall(r"^pass  ", finished.printed, re.MULTILINE)) == 12
+    assert len(re.findall(r"^pass  ", finished.printed, re.MULTILINE)) == 13
     assert "FAIL" not in finished.printed
     assert re.search(
         r"^release     published local/stdlib-llama v1, commit [0-9a-f]{12}$", finished.printed, re.MULTILINE
