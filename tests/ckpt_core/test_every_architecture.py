@@ -49,6 +49,8 @@ LISTED: dict[str, tuple[str, str]] = {
     "JevForDecision": ("compare", "its save_pretrained writes a file of its own, decision.json"),
     "Nemotron3_5TranscribeForConditionalGeneration": ("reload", "transformers does not load what it saved"),
     "Nemotron3_5TranscribeModel": ("reload", "transformers does not load what it saved"),
+    "ZayaForCausalLM": ("reload", "transformers sets the last expert's bias to -1 when it loads"),
+    "ZayaModel": ("reload", "transformers sets the last expert's bias to -1 when it loads"),
 }
 """Classes that do not come out equal, by design or by transformers' own doing: the step, and why.
 
@@ -153,8 +155,8 @@ def check(classes: Iterable[type[PreTrainedModel]], directory: Path) -> dict[str
         outcomes[name] = outcome = round_trip(cls, place)
         shutil.rmtree(place)
         expected = LISTED[name][0] if name in LISTED else "equal" if cls.config_class.model_type else "convert"
-        refused = bool(cls.config_class.model_type) or "names no model_type" in outcome.said
-        if outcome.step not in {expected, "not built"} or not (refused or outcome.step == "not built"):
+        by_design = cls.config_class.model_type or "names no model_type" in outcome.said
+        if outcome.step != "not built" and not (outcome.step == expected and by_design):
             wrong[name] = outcome
     assert not wrong, "\n".join(f"{name}: {outcome}" for name, outcome in wrong.items())
     return outcomes
