@@ -52,10 +52,15 @@ def _make_automation(client: SyncPrefectClient, wanted: AutomationCore) -> None:
     found = client.read_automations_by_name(wanted.name)
     if not found:
         client.create_automation(wanted)
-    elif _facts(found[0]) != _facts(wanted):
+    elif facts(found[0]) != facts(wanted):
         client.update_automation(found[0].id, wanted.model_copy(update={"enabled": found[0].enabled}))
 
 
-def _facts(automation: AutomationCore) -> dict[str, Any]:
-    """Return what an automation does, without the names that the server gives to its parts."""
-    return automation.model_dump(mode="json", include={"description", "trigger", "actions"})
+def facts(automation: AutomationCore) -> dict[str, Any]:
+    """Return what an automation does, without the names that the server gives to its parts; equal if that is equal."""
+    found = automation.model_dump(mode="json", include={"description", "trigger", "actions"})
+    for name in ("after", "expect", "for_each"):
+        # Prefect keeps these as sets, whose order is another one in each process. An automation that is updated for
+        # that alone forgets the runs that it waits for, and one that was killed stays Running for ever.
+        found["trigger"][name] = sorted(found["trigger"][name])
+    return found

@@ -48,3 +48,22 @@ def test_the_profile_keeps_what_a_person_set(tmp_path: Path):
     assert env["PREFECT_PROFILE"] == "ckptflow"
     assert "PREFECT_API_KEY" not in env
     assert (tmp_path / "profiles.toml").stat().st_mode & 0o777 == 0o600
+
+
+def test_an_automation_is_equal_to_itself_in_every_process():
+    """Prefect keeps what it waits for as sets: compared in their order, an automation was updated for nothing."""
+    code = (
+        "import json; from deployments.automations import lost_heartbeats; from deployments.provision import facts; "
+        "print(json.dumps(facts(lost_heartbeats(300))))"
+    )
+    printed = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={"PYTHONHASHSEED": seed, "PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path(__file__).parents[2])},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(printed) == 1
