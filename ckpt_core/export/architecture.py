@@ -10,7 +10,7 @@ import importlib
 import json
 import pkgutil
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -268,14 +268,16 @@ def _describe(cls: Any, config: Any, dtype: str | None, form: FileForm) -> Archi
     from transformers.pytorch_utils import Conv1D
 
     made_in = getattr(torch, dtype or "float32")
-    written = config.to_json_string()
+    types = [(part, part.dtype) for part in _parts(config)]
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         if part is not None:
             part.dtype = made_in
     with local_torch_dtype(made_in, cls.__name__), torch.device("meta"):
         model = cls(config)
-    if dtype:  # building it hands the type on to configs within configs, as loading it in that type would
-        written = model.config.to_json_string()
+    if not dtype:  # building it hands the type on to configs within configs, as loading it in that type would
+        for part, kind in types:
+            part.dtype = kind
+    written = model.config.to_json_string()  # now, as some classes set fields of their config
     state = model.state_dict()
     unsaved = frozenset(model._keys_to_ignore_on_save or ()) & set(state)
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -301,6 +303,15 @@ def _describe(cls: Any, config: Any, dtype: str | None, form: FileForm) -> Archi
         config=json.loads(written),
         record=record_of(model),
     )
+
+
+def _parts(config: Any) -> Iterator[Any]:
+    """Yield a config, and all configs within it."""
+    yield config
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        if part is not None:
+            yield from _parts(part)
 
 
 def _recipes(model: Any, state: Mapping[str, Any], form: FileForm) -> dict[str, Recipe]:
