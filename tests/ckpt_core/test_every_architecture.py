@@ -21,23 +21,21 @@ from ckpt_core.export.assets import read_assets
 from ckpt_core.export.imports import import_hf
 
 POPULAR = [
-    "AlbertForMaskedLM", "ASTForAudioClassification", "BartForConditionalGeneration", "BartForQuestionAnswering",
-    "BertForMaskedLM", "BertModel", "BertForSequenceClassification", "Blip2ForConditionalGeneration",
-    "BlipForConditionalGeneration", "BloomForCausalLM", "CamembertForMaskedLM", "ClapModel", "CLIPModel",
-    "CLIPTextModel", "CLIPVisionModel", "CodeGenForCausalLM", "DebertaV2ForMaskedLM", "DeepseekV3ForCausalLM",
-    "Dinov2Model", "DistilBertForMaskedLM", "DPTForDepthEstimation", "ElectraForPreTraining", "EsmForMaskedLM",
-    "FalconForCausalLM", "Florence2ForConditionalGeneration", "Gemma2ForCausalLM",
-    "Gemma3ForConditionalGeneration", "GPT2LMHeadModel", "GPTJForCausalLM", "GPTNeoXForCausalLM",
-    "GptOssForCausalLM", "GraniteForCausalLM", "HubertModel", "LayoutLMForTokenClassification",
-    "LlamaForCausalLM", "LlavaForConditionalGeneration", "LongformerForMaskedLM", "MambaForCausalLM",
-    "MarianMTModel", "MBartForConditionalGeneration", "MistralForCausalLM", "MixtralForCausalLM",
-    "ModernBertForMaskedLM", "MPNetForMaskedLM", "MT5ForConditionalGeneration", "NomicBertModel",
+    "AlbertForMaskedLM", "ASTForAudioClassification", "BartForConditionalGeneration",
+    "BartForQuestionAnswering", "BertForMaskedLM", "BertForSequenceClassification",
+    "Blip2ForConditionalGeneration", "BlipForConditionalGeneration", "BloomForCausalLM", "ClapModel",
+    "CLIPModel", "CLIPTextModel", "CLIPVisionModel", "DebertaV2ForMaskedLM", "DeepseekV3ForCausalLM",
+    "Dinov2Model", "DistilBertForMaskedLM", "ElectraForPreTraining", "EsmForMaskedLM", "FalconForCausalLM",
+    "Florence2ForConditionalGeneration", "Gemma2ForCausalLM", "Gemma3ForConditionalGeneration",
+    "GPT2LMHeadModel", "GPTJForCausalLM", "GPTNeoXForCausalLM", "GptOssForCausalLM", "HubertModel",
+    "LayoutLMForTokenClassification", "LlamaForCausalLM", "LlavaForConditionalGeneration",
+    "LongformerForMaskedLM", "MambaForCausalLM", "MarianMTModel", "MBartForConditionalGeneration",
+    "MistralForCausalLM", "MixtralForCausalLM", "ModernBertForMaskedLM", "MPNetForMaskedLM", "NomicBertModel",
     "OlmoForCausalLM", "OPTForCausalLM", "PegasusForConditionalGeneration", "Phi3ForCausalLM",
     "Qwen2ForCausalLM", "Qwen2_5_VLForConditionalGeneration", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM",
     "ResNetForImageClassification", "RobertaForMaskedLM", "SamModel", "SegformerForSemanticSegmentation",
-    "SiglipModel", "SwinForImageClassification", "T5ForConditionalGeneration", "TrOCRForCausalLM",
-    "ViTForImageClassification", "Wav2Vec2ForCTC", "WhisperForConditionalGeneration", "XLMRobertaForMaskedLM",
-    "YolosForObjectDetection",
+    "SiglipModel", "SwinForImageClassification", "T5ForConditionalGeneration", "ViTForImageClassification",
+    "Wav2Vec2ForCTC", "WhisperForConditionalGeneration", "XLMRobertaForMaskedLM", "YolosForObjectDetection",
 ]  # fmt: skip
 """One class, sometimes two, of each of the families that are downloaded most."""
 
