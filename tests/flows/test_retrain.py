@@ -193,7 +193,7 @@ def test_a_retrain_shows_its_artifacts(first: Chapter):
     assert picture is not None
     assert b"<svg" in base64.b64decode(picture[1])
     validation = json.loads(made["validation-tiny"].data)
-    of_the_step = ["manifest", "digests", "structure", "crc32", "values", "architecture"]
+    of_the_step = ["manifest", "digests", "structure", "crc32", "values", "trainer", "architecture"]
     assert [row["check"] for row in validation] == [*of_the_step, "held-out loss"]
     assert {row["verdict"] for row in validation} == {"pass"}
     assert {row["verdict"] for row in json.loads(made["export-check-tiny"].data)} == {"pass"}
@@ -211,7 +211,7 @@ def test_the_summary_is_whole(story: Story, first: Chapter):
     assert float(loss[1]) > float(loss[2]) == round(result["loss"], 3)
     assert f"checkpoint  {story.run / 'step_0000000004'}" in lines
     verdicts = [line for line in lines if line.startswith("pass  ")]
-    assert len(verdicts) == len(result["checks"]) == 12
+    assert len(verdicts) == len(result["checks"]) == 13
     assert any(line.startswith("release     published local/tiny v1, commit ") for line in lines)
     assert f'  model = AutoModelForCausalLM.from_pretrained("{result["export"]}")' in lines
     assert '  model = AutoModelForCausalLM.from_pretrained("local/tiny", revision="v1")' in lines
