@@ -69,7 +69,8 @@ def _read_job(path: Path) -> Job:
     except OSError as error:
         raise ArgumentError(f"{path}: cannot be read: {error.strerror}") from error
     except ValidationError as error:
-        raise ArgumentError(f"{path}: not a training job: {error}") from error
+        faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+        raise ArgumentError(f"{path}: not a training job: {faults}") from error
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from ckpt_core.testing.hub_faults import Fault, Faults
 from ckpt_core.testing.hub_repos import Repos
 
 TOKEN = "hf_0123456789abcdefghijklmnopqrstuvwx"
-IDLE_SECONDS = 0.25
+IDLE_SECONDS = 1.0
 
 # Waits are cut short, and a process can "die" before or after its n-th request: from then on it does nothing at all.
 DYING = """

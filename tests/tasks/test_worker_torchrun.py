@@ -64,7 +64,7 @@ def test_without_torchrun(prepared, tmp_path):
     [
         (None, "cannot be read: No such file"),
         ("{}", "not a training job"),
-        ('{"store": "/s", "speed": 3}', "speed\n  Extra inputs are not permitted"),
+        ('{"store": "/s", "speed": 3}', "speed: Extra inputs are not permitted"),
     ],
 )
 def test_bad_job_file(tmp_path, capfd, monkeypatch, text, message):
