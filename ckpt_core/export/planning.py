@@ -19,7 +19,7 @@ from ckpt_core.export.names import Table
 from ckpt_core.export.plan import MoreRowsError, Plan, TrimRule, make_plan
 from ckpt_core.export.quantization import check_no_scales, without_quantization
 from ckpt_core.export.torchtitan import as_native, is_native
-from ckpt_core.export.vocabulary import all_ids, check_vocabulary, load_size, resized
+from ckpt_core.export.vocabulary import all_ids, check_special_ids, check_tokenizer, load_size, resized
 from ckpt_core.export.weight_conversions import DEFAULT_FORM, RECORD_NAME, FileForm
 from ckpt_core.format.index import Index, read_index
 
@@ -106,13 +106,9 @@ def _plan_model(make: Callable[[Mapping[str, Any], TrimRule], Plan], assets: Ass
             f"config said {found.expected}: {found.why}"
         )
     if plan.tokens is not None:
-        check_vocabulary(
-            plan.config,
-            assets.files,
-            used=assets.tokens,
-            rows=plan.tokens,
-            architecture=plan.architecture,
-            where=where,
+        check_tokenizer(used=assets.tokens, rows=plan.tokens, what=plan.architecture, where=where)
+        rules += check_special_ids(
+            plan.config, assets.files, rows=plan.tokens, architecture=plan.architecture, where=where
         )
     config, dropped = without_quantization(plan.config, {o.name: o.dtype for o in plan.outputs}, where)
     rules += [*dropped, *check_generation_config(assets.files)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -28,7 +28,7 @@ _ID_KEY = re.compile(r"(?!(num|max|min|n)_).*(_tokens?|_token_(id|ids|index)|_id
 _SPECIAL_KEY = re.compile(
     r"(bos|eos|pad|unk|sep|cls|mask|decoder_start|forced_bos|forced_eos)_token_id|(begin_)?suppress_tokens"
 )
-"""Keys whose ids a model looks up, or a generation masks: beyond the rows these fail when the export is used.
+"""Keys of ids that a model's vocabulary should have.
 
 Ids that stand for images or sounds are none of them: models replace these before they look anything up.
 """
@@ -145,50 +145,81 @@ def resized(config: Mapping[str, Any], more: int) -> dict[str, Any]:
         return json.loads(built.to_json_string())
 
 
-def check_vocabulary(
-    config: Mapping[str, Any],
-    files: Mapping[str, bytes],
-    *,
-    used: int | None,
-    rows: int,
-    architecture: str,
-    where: str,
-) -> None:
-    """Check that a model has a row for each token of its tokenizer, and for each id that generation looks up.
+def check_tokenizer(*, used: int | None, rows: int, what: str, where: str) -> None:
+    """Check that a model has a row for each token of its tokenizer.
 
     Args:
-        config: the model's.
-        files: the other files of the export by name.
         used: one more than the largest id of the tokenizer, as far as it is known.
         rows: the number of token ids that the model has rows for.
-        architecture: the name of the model's class.
-        where: the checkpoint, for errors.
+        what: has these rows, for the error.
+        where: the checkpoint, for the error.
 
     Raises:
         MismatchError: a row is missing.
     """
     if used is not None and used > rows:
         raise MismatchError(
-            f"{where}: the tokenizer has token ids up to {used - 1}, and {architecture} has rows for {rows} tokens; "
+            f"{where}: the tokenizer has token ids up to {used - 1}, and {what} has rows for {rows} tokens; "
             "give the tokenizer that it was trained with, or a checkpoint from after its embeddings were resized."
         )
+
+
+def check_special_ids(
+    config: Mapping[str, Any], files: Mapping[str, bytes], *, rows: int, architecture: str, where: str
+) -> list[str]:
+    """Check that a model has a row for each id that generation needs; return what to say of other ids without a row.
+
+    Many released configs name ids that their model has no row for and never uses: the end of the text in a model that
+    generates none, the beginning of the text in one that always gets a prompt. transformers loads and runs such models.
+
+    Args:
+        config: the model's.
+        files: the other files of the export by name.
+        rows: the number of token ids that the model has rows for.
+        architecture: the name of the model's class.
+        where: the checkpoint, for errors.
+
+    Raises:
+        MismatchError: generation would look up a row that is missing, or could never end.
+    """
     generation = _dict(_parse(files, GENERATION_CONFIG_NAME))
     parts = [(config, "config"), (_dict(config.get("text_config")), "text_config"), (generation, "generation config")]
-    beyond = [
-        (name, key, number)
-        for part, name in parts
-        for key, number in token_ids(_flat(part), _SPECIAL_KEY)
-        if number >= rows
-    ]
+    named = [(name, key, number) for part, name in parts for key, number in token_ids(_flat(part), _SPECIAL_KEY)]
+    beyond = [each for each in named if each[2] >= rows]
     # An id that the class sets by itself was never chosen for this vocabulary: transformers writes GPT-2's 50256
     # into the config of a GPT-2 with forty tokens, too.
     default = _default_ids(config, architecture) if beyond else frozenset[int]()
-    for name, key, number in beyond:
-        if number not in default:
+    chosen = [each for each in beyond if each[2] not in default]
+    needed = _needed_keys(config, architecture, named, rows) if chosen else frozenset[str]()
+    for name, key, number in chosen:
+        if key in needed:
             raise MismatchError(
                 f"{where}: {key} of the {name} is {number}, and {architecture} has rows for {rows} tokens; correct "
                 "it there, or give a checkpoint from after its embeddings were resized."
             )
+    said = dict.fromkeys(f"{key} {number}" for _, key, number in chosen)
+    return [
+        f"vocabulary: {each} is copied as it is, though {architecture} has rows for {rows} tokens; neither loading nor "
+        "generating from a prompt needs it"
+        for each in said
+    ]
+
+
+def _needed_keys(
+    config: Mapping[str, Any], architecture: str, named: Iterable[tuple[str, str, int]], rows: int
+) -> frozenset[str]:
+    """Return the keys whose ids need a row where this class generates text; none if it does not."""
+    cls = named_class(architecture)
+    if not cls.can_generate():
+        return frozenset()
+    # Sequences of a batch that have ended get the padding, and forced ids index the logits.
+    needed = {"pad_token_id", "forced_bos_token_id", "forced_eos_token_id"}
+    if not any(key == "eos_token_id" and number < rows for _, key, number in named):
+        needed.add("eos_token_id")  # without any end of the text, a generation only stops at its longest length
+    if getattr(load_config(config, cls), "is_encoder_decoder", False):
+        starts = any(key == "decoder_start_token_id" for _, key, _ in named)
+        needed.add("decoder_start_token_id" if starts else "bos_token_id")
+    return frozenset(needed)
 
 
 def _default_ids(config: Mapping[str, Any], architecture: str) -> frozenset[int]:

@@ -38,6 +38,9 @@ SAFETENSORS = {name: code for name, (code, _) in _TABLE.items() if code is not N
 OPAQUE = frozenset(list(_TABLE)[list(_TABLE).index("float4_e2m1fn_x2") :])
 """Types that torch does not convert to others: only their bits can be compared."""
 
+SAVED = frozenset(name for name in _TABLE if not name.startswith(("uint", "int", "bits")) or name in SAFETENSORS)
+"""Types that DCP saves. Of integers of less than a byte, and of bare bits, torch does not know the size."""
+
 FLOATING = frozenset(name for name in _TABLE if "float" in name)
 QUANTIZED = frozenset({"qint8", "qint32", "quint8", "quint2x4", "quint4x2"})
 """Types whose elements mean nothing without a scale, which lies in the header of each chunk."""

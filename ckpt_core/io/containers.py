@@ -25,7 +25,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ckpt_core.errors import ArgumentError, CkptError, DamagedError
-from ckpt_core.format.dtypes import ITEMSIZE
+from ckpt_core.format.dtypes import SAVED
 from ckpt_core.format.index import Span
 from ckpt_core.io.reader import load_value
 
@@ -204,7 +204,7 @@ class _Packer:
             raise ArgumentError(f"{name}: a DTensor with partial sums ({tensor.placements}); redistribute it first.")
         if local.device.type == "meta":
             raise ArgumentError(f"{name}: a tensor on the meta device, without elements; give the module its weights.")
-        if str(tensor.dtype).removeprefix("torch.") not in ITEMSIZE or local.layout != torch.strided:
+        if str(tensor.dtype).removeprefix("torch.") not in SAVED or local.layout != torch.strided:
             raise ArgumentError(
                 f"{name}: a tensor of {tensor.dtype} and {local.layout} could not be read back; save it in another "
                 "form."

@@ -23,7 +23,7 @@ from ckpt_core import durable
 from ckpt_core.errors import ArgumentError, CommitError, StepExistsError
 from ckpt_core.format.cover import gap_or_overlap
 from ckpt_core.format.digests import ALGORITHM, CACHED_BYTES, crc32, hasher
-from ckpt_core.format.dtypes import ITEMSIZE
+from ckpt_core.format.dtypes import SAVED
 from ckpt_core.format.index import METADATA_NAME, TWIN_NAME, Shape, twin_bytes
 from ckpt_core.format.manifest import FileRecord, record_bytes
 from ckpt_core.io.archive import Archive
@@ -154,7 +154,7 @@ def _write_tensor(file: _DigestFile, tensor: torch.Tensor, name: str) -> int:
     Raises:
         ArgumentError: it is of a kind that could not be read back.
     """
-    if str(tensor.dtype).removeprefix("torch.") not in ITEMSIZE or tensor.layout != torch.strided:
+    if str(tensor.dtype).removeprefix("torch.") not in SAVED or tensor.layout != torch.strided:
         raise ArgumentError(
             f"{name}: a tensor of {tensor.dtype} and {tensor.layout} could not be read back; save it in another form."
         )

@@ -117,6 +117,7 @@ REFUSED = [
     {(1, 2): 3}, {b"k": 1}, {np.int64(1): 2}, {Color.RED: 1}, {Text("a"): 1}, {float("nan"): 1},
     {1: 1, "1": 2}, {"a.b": 1, "a": {"b": 2}}, collections.ChainMap({}), collections.defaultdict(lambda: 0),
     np.array(["a"]), np.array([None]), np.str_("a"), torch.empty(2, device="meta"), torch.eye(2).to_sparse(),
+    torch.ones(2, dtype=torch.uint8).view(torch.int4), torch.ones(2, dtype=torch.uint8).view(torch.bits8),
     nn.UninitializedParameter(),
 ]  # fmt: skip
 

@@ -42,7 +42,6 @@ POPULAR = [
 LISTED: dict[str, tuple[str, str]] = {
     "ChineseCLIPModel": ("reload", "transformers sets the padding's row to zero when it loads"),
     "ChineseCLIPTextModel": ("reload", "transformers sets the padding's row to zero when it loads"),
-    "DecisionTransformerGPT2Model": ("convert", "its config's bos_token_id is beyond its vocabulary of one token"),
     "GradiumPhononTTSForConditionalGeneration": ("reload", "transformers does not load what it saved"),
     "GradiumPhononTTSModel": ("reload", "transformers does not load what it saved"),
     "InklingAudioModel": ("reload", "transformers does not load what it saved"),

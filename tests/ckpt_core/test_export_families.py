@@ -3,11 +3,13 @@
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import sharded_families
 import torch
+import transformers
 from gloo_ranks import run_ranks, values
 from safetensors.torch import load_file
 from sharded_families import Mesh
@@ -255,22 +257,55 @@ class TestRows:
     @pytest.mark.parametrize(
         ("place", "change"),
         [
-            ("config.json", {"eos_token_id": [2, 41]}),
-            ("generation_config.json", {"decoder_start_token_id": 50}),
-            ("generation_config.json", {"begin_suppress_tokens": [1, 40]}),
+            ("config.json", {"eos_token_id": [41, 42]}),
+            ("generation_config.json", {"pad_token_id": 40}),
+            ("generation_config.json", {"forced_eos_token_id": 50}),
         ],
     )
-    def test_ids_without_a_row_are_refused(self, tmp_path: Path, place: str, change: dict[str, object]) -> None:
+    def test_ids_that_generation_needs_are_refused_without_a_row(
+        self, tmp_path: Path, place: str, change: dict[str, object]
+    ) -> None:
         """An id beyond the rows is a MismatchError that names it; none at all, and -1, are no ids."""
         directory, _ = checkpoint_of(model_of("llama"), tmp_path / "saved")
         beside = directory.parent / "assets"
-        good = read_json(beside / place)
-        nothing = {"pad_token_id": -1, "eos_token_id": None, "begin_suppress_tokens": [-1, 39]}
-        (beside / place).write_text(json.dumps({**good, **nothing}))
+        for name in ("config.json", "generation_config.json"):
+            ended = {"eos_token_id": None} if "eos_token_id" in change else {"pad_token_id": -1}
+            (beside / name).write_text(json.dumps({**read_json(beside / name), **ended}))
         assert plan_export(directory, read_assets(beside)).outputs
-        (beside / place).write_text(json.dumps({**good, **change}))
+        (beside / place).write_text(json.dumps({**read_json(beside / place), **change}))
         with pytest.raises(errors.MismatchError, match=rf"{next(iter(change))} of the .*rows for 40 tokens"):
             plan_export(directory, read_assets(beside))
+
+    def test_the_start_of_a_decoder_needs_a_row(self, tmp_path: Path) -> None:
+        """An encoder-decoder looks up its start, which is the beginning of the text if nothing else is named."""
+        directory, assets = checkpoint_of(model_of("t5"), tmp_path / "saved")
+        for key in ("decoder_start_token_id", "bos_token_id"):
+            others = {name: value for name, value in assets.config.items() if "start" not in name}
+            with pytest.raises(errors.MismatchError, match=rf"{key} of the config is 40, and T5"):
+                plan_export(directory, Assets({**others, key: 40}, {}))
+
+    @pytest.mark.parametrize(
+        ("architecture", "change"),
+        [
+            ("LlamaForCausalLM", {"bos_token_id": 50256, "eos_token_id": [2, 41]}),
+            ("LlamaForCausalLM", {"sep_token_id": 102}),
+            ("LlamaModel", {"bos_token_id": 50, "eos_token_id": 41}),
+        ],
+    )
+    def test_ids_that_nothing_needs_are_only_named(
+        self, tmp_path: Path, architecture: str, change: dict[str, object]
+    ) -> None:
+        """An id that the model does not look up is carried, and a rule of the plan names it."""
+        directory, assets = checkpoint_of(model_of("llama"), tmp_path / "saved")
+        if architecture == "LlamaModel":
+            model = model_of("llama").model
+            directory, assets = checkpoint_of(model, tmp_path / "whole")
+        export = convert(directory, tmp_path / "export", assets=replace(assets, config={**assets.config, **change}))
+        said = "\n".join(rule for rule in export.rules if rule.startswith("vocabulary: "))
+        assert all(f"{key} " in said for key in change)
+        assert read_json(export.path / "config.json").items() >= change.items()
+        loaded = getattr(transformers, architecture).from_pretrained(export.path)
+        loaded(torch.tensor([[1, 2, 3]]))
 
     @pytest.mark.parametrize("rows", [0, 39])
     def test_missing_ones_are_refused(self, tmp_path: Path, rows: int) -> None:
