@@ -39,6 +39,10 @@ _COPY = re.compile(r"(?P<module>.+?)\.original_module\.(?P<leaf>.+)")
 _BASE = re.compile(r"(?P<module>.+?)\.base_layer\.(?P<leaf>.+)")
 
 
+_WORDS = re.compile(r"(.+\.)?(embed_tokens|tok_embeddings|word_embeddings|embed_in|wte|shared)\.weight")
+"""The embeddings of tokens. An adapter is exported without building its model, which would know them by itself."""
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """One tensor of a checkpoint of a model with an adapter."""
@@ -133,6 +137,12 @@ def find_adapter(index: Index, config: AdapterConfig, table: Table, where: str) 
             )
     _check_fits(adapter, index, where)
     return adapter
+
+
+def embedding_rows(adapter: Adapter, index: Index) -> int | None:
+    """Return the rows of the embeddings of tokens in the checkpoint; None if there are none of a usual name."""
+    names = [(f"{part.module}.{part.leaf}".rstrip("."), part) for part in adapter.parts if part.kind != "factor"]
+    return max((index.tensors[part.stored].shape[0] for name, part in names if _WORDS.fullmatch(name)), default=None)
 
 
 def _candidates(index: Index, table: Table) -> list[str]:

@@ -13,6 +13,7 @@ from ckpt_core.errors import DamagedError, MismatchError, NotACheckpointError
 from ckpt_core.export.assets import Assets, read_assets, read_files
 from ckpt_core.export.carried import CONFIG_NAME, EXPORT_NAME
 from ckpt_core.export.patterns import PatternError, Patterns
+from ckpt_core.export.vocabulary import count_tokens, read_tokenizer
 from ckpt_core.export.weight_conversions import RECORD_NAME
 
 if TYPE_CHECKING:
@@ -150,7 +151,8 @@ def adapter_assets(directory: Place, others: Iterable[Place] = ()) -> Assets:
     configs = [assets.config for assets in found if assets.config]
     files = {name: data for assets in found for name, data in assets.files.items()}
     rules = dict.fromkeys(rule for assets in found for rule in assets.rules)
-    return with_adapter_config(Assets(configs[-1] if configs else {}, files, tuple(rules)), directory)
+    tokens = count_tokens(files, read_tokenizer(files))
+    return with_adapter_config(Assets(configs[-1] if configs else {}, files, tuple(rules), tokens), directory)
 
 
 def with_adapter_config(assets: Assets, directory: Place) -> Assets:

@@ -9,7 +9,7 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from ckpt_core.errors import MismatchError
-from ckpt_core.export.adapter import find_adapter, has_adapter
+from ckpt_core.export.adapter import Adapter, embedding_rows, find_adapter, has_adapter
 from ckpt_core.export.adapter_config import adapter_config
 from ckpt_core.export.adapter_merge import plan_merged
 from ckpt_core.export.adapter_plan import plan_adapter
@@ -19,7 +19,7 @@ from ckpt_core.export.names import Table
 from ckpt_core.export.plan import MoreRowsError, Plan, TrimRule, make_plan
 from ckpt_core.export.quantization import check_no_scales, without_quantization
 from ckpt_core.export.torchtitan import as_native, is_native
-from ckpt_core.export.vocabulary import all_ids, check_special_ids, check_tokenizer, load_size, resized
+from ckpt_core.export.vocabulary import all_ids, check_special_ids, check_tokenizer, load_size, resized, vocabulary_size
 from ckpt_core.export.weight_conversions import DEFAULT_FORM, RECORD_NAME, FileForm
 from ckpt_core.format.index import Index, read_index
 
@@ -61,8 +61,28 @@ def _plan(directory: Place, assets: Assets, settings: dict[str, Any], *, merge_a
         return _plan_model(partial(_plan_plain, index, settings, assets), assets, where)
     adapter = find_adapter(index, adapter_config(assets, where, merge=merge_adapter), table, where)
     if not merge_adapter:
-        return plan_adapter(index, adapter, dtype=settings["dtype"], where=where)
+        rules = _check_adapter_tokens(adapter, index, assets, where)
+        plan = plan_adapter(index, adapter, dtype=settings["dtype"], where=where)
+        return replace(plan, rules=(*plan.rules, *rules))
     return _plan_model(lambda config, trim: plan_merged(index, adapter, config, **settings, trim=trim), assets, where)
+
+
+def _check_adapter_tokens(adapter: Adapter, index: Index, assets: Assets, where: str) -> list[str]:
+    """Compare the tokenizer with the embeddings that lie in the checkpoint, or else with the config of the base model.
+
+    Raises:
+        MismatchError: a token has no row.
+    """
+    used = assets.tokens
+    if rows := embedding_rows(adapter, index):
+        check_tokenizer(used=used, rows=rows, what="the model that was trained", where=where)
+    base = vocabulary_size(assets.config)
+    if used is None or base is None or used <= base:
+        return []
+    return [
+        f"vocabulary: the tokenizer has token ids up to {used - 1}, and the config of the base model says {base} "
+        "tokens; resize its embeddings before the adapter is loaded"
+    ]
 
 
 def _plan_plain(

@@ -131,6 +131,12 @@ def all_ids(config: Mapping[str, Any], files: Mapping[str, bytes]) -> Iterator[t
     yield from token_ids(_dict(_parse(files, GENERATION_CONFIG_NAME)))
 
 
+def vocabulary_size(config: Mapping[str, Any]) -> int | None:
+    """Return the number of tokens that a config says; None if it does not."""
+    size: Any = config.get("vocab_size", _dict(config.get("text_config")).get("vocab_size"))
+    return size if type(size) is int else None
+
+
 def resized(config: Mapping[str, Any], more: int) -> dict[str, Any]:
     """Return the config of a model with `more` tokens than it says, as `resize_token_embeddings` leaves it.
 

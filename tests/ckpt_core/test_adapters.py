@@ -103,6 +103,21 @@ class TestAsAdapter:
         left_out = len(model.state_dict()) - len(load_file(export.path / FACTORS))
         assert rule.startswith(f"dropped: {left_out} frozen tensors")
 
+    @pytest.mark.parametrize("name", ["llama", "gpt2 square"])
+    def test_a_tokenizer_with_more_tokens_is_refused(self, tmp_path: Path, saved: Saved, name: str) -> None:
+        """A token without a row in the model's embeddings is a MismatchError; without these, a rule says so."""
+        model = adapted(name)
+        directory, assets = saved(model)
+        more = tmp_path / "saved/assets/added_tokens.json"
+        more.write_text('{"<more>": 40}')
+        for given in (read_assets(more.parent), adapter_assets(more.parent)):
+            with pytest.raises(errors.MismatchError, match=r"token ids up to 40.*rows for 40 tokens"):
+                plan_export(directory, given)
+        alone = {name: tensor for name, tensor in model.state_dict().items() if "lora_" in name}
+        plan = plan_export(save_states(alone, tmp_path / "alone"), adapter_assets(more.parent))
+        assert any("token ids up to 40, and the config of the base model says 40" in rule for rule in plan.rules)
+        assert not any("vocabulary" in rule for rule in plan_export(directory, assets).rules)
+
     @pytest.mark.parametrize("name", ["llama whole", "gpt2", "llama patterns"])
     def test_peft_loads_it(self, tmp_path: Path, saved: Saved, name: str) -> None:
         """PeftModel.from_pretrained on the base model gives the trained model's logits, bit for bit."""
