@@ -204,15 +204,21 @@ def _check_json(name: str, data: bytes, directory: Place, modules: tuple[str, ..
     return []
 
 
+def lacks_tokenizer_json(files: Mapping[str, bytes]) -> bool:
+    """Whether there is a tokenizer whose tokens only a library can count."""
+    return TOKENIZER_NAME not in files and any(_TOKENIZER.fullmatch(name) for name in files)
+
+
 def _tokenizer_rules(files: Mapping[str, bytes], tokenizer: TokenizerFile | None) -> list[str]:
     """Say what is not known of a tokenizer."""
-    names = sorted(name for name in files if _TOKENIZER.fullmatch(name))
     rules = list[str]()
-    unchecked = "whether the tokenizer loads and fits the model was not checked"
-    if names and tokenizer is None:
-        rules.append(f"assets: {', '.join(names)}: copied as they are; without a {TOKENIZER_NAME}, {unchecked}")
+    if names := sorted(name for name in files if _TOKENIZER.fullmatch(name)) if tokenizer is None else []:
+        rules.append(f"assets: {', '.join(names)}: copied as they are; there is no {TOKENIZER_NAME}, which is checked")
     elif tokenizer is not None and tokenizer.unknown:
-        rules.append(f"assets: {TOKENIZER_NAME} is copied as it is, and is {tokenizer.unknown}; {unchecked}")
+        rules.append(
+            f"assets: {TOKENIZER_NAME} is copied as it is, and is {tokenizer.unknown}; whether the tokenizer loads and "
+            "fits the model was not checked"
+        )
     named: Any = json.loads(files.get(TOKENIZER_CONFIG_NAME, b"null"))
     if isinstance(named, dict) and cast("dict[str, Any]", named).get("auto_map"):
         rules.append(

@@ -14,12 +14,20 @@ from ckpt_core.export.adapter_config import adapter_config
 from ckpt_core.export.adapter_merge import plan_merged
 from ckpt_core.export.adapter_plan import plan_adapter
 from ckpt_core.export.architecture import Architecture, choose_class
-from ckpt_core.export.assets import Assets, check_generation_config
+from ckpt_core.export.assets import Assets, check_generation_config, lacks_tokenizer_json
 from ckpt_core.export.names import Table
 from ckpt_core.export.plan import MoreRowsError, Plan, TrimRule, make_plan
 from ckpt_core.export.quantization import check_no_scales, without_quantization
 from ckpt_core.export.torchtitan import as_native, is_native
-from ckpt_core.export.vocabulary import all_ids, check_special_ids, check_tokenizer, load_size, resized, vocabulary_size
+from ckpt_core.export.vocabulary import (
+    all_ids,
+    check_loaded_tokenizer,
+    check_special_ids,
+    check_tokenizer,
+    load_sizes,
+    resized,
+    vocabulary_size,
+)
 from ckpt_core.export.weight_conversions import DEFAULT_FORM, RECORD_NAME, FileForm
 from ckpt_core.format.index import Index, read_index
 
@@ -127,6 +135,10 @@ def _plan_model(make: Callable[[Mapping[str, Any], TrimRule], Plan], assets: Ass
         )
     if plan.tokens is not None:
         check_tokenizer(used=assets.tokens, rows=plan.tokens, what=plan.architecture, where=where)
+        if lacks_tokenizer_json(assets.files):
+            rules += check_loaded_tokenizer(
+                assets.files, plan.config, rows=plan.tokens, what=plan.architecture, where=where
+            )
         rules += check_special_ids(
             plan.config, assets.files, rows=plan.tokens, architecture=plan.architecture, where=where
         )
@@ -140,7 +152,11 @@ def _trim_rule(assets: Assets) -> TrimRule:
 
     @cache
     def size() -> int | None:
-        return load_size(assets.files, assets.config) if assets.tokens is not None else None
+        if assets.tokens is None and not lacks_tokenizer_json(assets.files):
+            return None
+        with suppress(MismatchError):
+            return load_sizes(assets.files, assets.config)[1]
+        return None
 
     def trim(stored: str, rows: int, expected: int) -> str:
         for key, number in all_ids(assets.config, assets.files):

@@ -83,7 +83,7 @@ def read_tokenizer(files: Mapping[str, bytes]) -> TokenizerFile | None:
 def count_tokens(files: Mapping[str, bytes], tokenizer: TokenizerFile | None) -> int | None:
     """Return one more than the largest token id in a tokenizer's files; None if they do not say.
 
-    A class of transformers may add tokens of its own: this is a lower bound, and `load_size` has the number.
+    A class of transformers may add tokens of its own: this is a lower bound, and `load_sizes` has the number.
     """
     own = tokenizer.ids if tokenizer is not None else _numbers(_parse(files, _VOCAB_NAME))  # GPT-2's older format
     ids = [*own, *_added_ids(files)]
@@ -99,20 +99,31 @@ def _added_ids(files: Mapping[str, bytes]) -> Iterator[int]:
         yield from _numbers(_parse(files, _ADDED_NAME))
 
 
-def load_size(files: Mapping[str, bytes], config: Mapping[str, Any]) -> int | None:
-    """Return one more than the largest token id of a tokenizer as transformers makes it; None if it cannot."""
+def load_sizes(files: Mapping[str, bytes], config: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the number of tokens in a vocabulary, and with all that were added to it, as transformers loads it.
+
+    Both are one more than the largest id. Vocabularies of sentencepiece, tiktoken and others need their library.
+
+    Raises:
+        MismatchError: transformers cannot load it here.
+    """
+    import transformers
     from transformers import AutoTokenizer
 
+    logging: Any = transformers.logging
     with tempfile.TemporaryDirectory() as directory:
         for name, data in {**files, "config.json": json.dumps(config).encode()}.items():
             if "/" not in name and not name.endswith(".py"):  # none of its code is run
                 (Path(directory) / name).write_bytes(data)
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity(logging.CRITICAL)  # it speaks of each library that it tries in vain
         try:
             with foreign_errors("tokenizer", "check its files"):
                 tokenizer: Any = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-                return max([len(tokenizer), *(number + 1 for number in tokenizer.get_vocab().values())])
-        except CkptError:
-            return None
+                total = max([len(tokenizer), *(number + 1 for number in tokenizer.get_vocab().values())])
+                return int(tokenizer.vocab_size), total
+        finally:
+            logging.set_verbosity(verbosity)
 
 
 def token_ids(config: Mapping[str, Any], keys: re.Pattern[str] = _ID_KEY) -> Iterator[tuple[str, int]]:
@@ -168,6 +179,26 @@ def check_tokenizer(*, used: int | None, rows: int, what: str, where: str) -> No
             f"{where}: the tokenizer has token ids up to {used - 1}, and {what} has rows for {rows} tokens; "
             "give the tokenizer that it was trained with, or a checkpoint from after its embeddings were resized."
         )
+
+
+def check_loaded_tokenizer(
+    files: Mapping[str, bytes], config: Mapping[str, Any], *, rows: int, what: str, where: str
+) -> list[str]:
+    """Check that a model has a row for each token of a tokenizer that only a library can read; return what to say.
+
+    Tokens that its class adds by itself, often for nothing, need no row.
+
+    Raises:
+        MismatchError: a row is missing.
+    """
+    try:
+        used, total = load_sizes(files, config)
+    except MismatchError as error:
+        return [f"vocabulary: whether the tokenizer fits the model was not checked, as it does not load here: {error}"]
+    check_tokenizer(used=used, rows=rows, what=what, where=where)
+    if total <= rows:
+        return []
+    return [f"vocabulary: the tokenizer's class adds tokens up to {total - 1}, and {what} has rows for {rows} tokens"]
 
 
 def check_special_ids(

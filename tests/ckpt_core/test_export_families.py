@@ -254,6 +254,18 @@ class TestRows:
                 convert(directory, tmp_path / "export", assets=read_assets(beside))
             (beside / name).unlink()
 
+    def test_tokens_that_a_library_counts(self, tmp_path: Path) -> None:
+        """A vocabulary without tokenizer.json is counted as transformers loads it; if it cannot, a rule says why."""
+        directory, assets = checkpoint_of(model_of("bert"), tmp_path / "saved")
+        words = [*("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"), *(f"w{n}" for n in range(35))]
+        fits, more = ("\n".join(each).encode() for each in (words, [*words, "more"]))
+        rules = plan_export(directory, replace(assets, files={"vocab.txt": fits})).rules
+        assert not any("vocabulary" in rule for rule in rules)
+        with pytest.raises(errors.MismatchError, match=r"token ids up to 40.*rows for 40 tokens"):
+            plan_export(directory, replace(assets, files={"vocab.txt": more}))
+        rules = plan_export(directory, replace(assets, files={"vocab.txt": b"\xff\xfe"})).rules
+        assert any("was not checked, as it does not load here: tokenizer: " in rule for rule in rules)
+
     @pytest.mark.parametrize(
         ("place", "change"),
         [
