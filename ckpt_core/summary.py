@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ckpt_core.durable import file_size
@@ -12,7 +12,7 @@ from ckpt_core.export import EXPORT_NAME, Export, read_export
 from ckpt_core.format.index import metadata_files
 from ckpt_core.format.manifest import MANIFEST_NAME, Manifest
 from ckpt_core.store import open_checkpoint
-from ckpt_core.tensors import DcpTensors, TensorFacts, open_tensors
+from ckpt_core.tensors import DcpTensors, StoredTensors, TensorFacts, open_tensors
 from ckpt_core.urls import place_of
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ class Summary:
 
     manifest: Manifest | None = None
     export: Export | None = None
+    unsupported: Mapping[str, str] = field(default_factory=dict[str, str])
+    """What a DCP directory holds in a form that this library does not read, and which form that is."""
 
     @property
     def nbytes(self) -> int:
@@ -69,6 +71,7 @@ class Summary:
                 "rules": list(self.export.rules),
             }
         facts["values"] = list(self.values)
+        facts["unsupported"] = dict(self.unsupported)
         facts["tensors"] = {
             name: {"dtype": t.dtype, "shape": t.shape, "chunks": len(t.files), "bytes": t.nbytes}
             for name, t in self.tensors.items()
@@ -91,7 +94,12 @@ def summarize(url: AnyPath) -> Summary:
             names = {*(file.name for file in metadata_files(tensors.place))}
             names |= {span.file for span in tensors.index.spans()}
             return Summary(
-                str(tensors.place), "dcp", tensors.facts, tuple(tensors.index.values), _sizes(tensors.place, names)
+                str(tensors.place),
+                "dcp",
+                tensors.facts,
+                tuple(tensors.index.values),
+                _sizes(tensors.place, names),
+                unsupported=_unsupported(tensors),
             )
         export = None
         if file_size(place / EXPORT_NAME) is not None:
@@ -107,9 +115,23 @@ def _step(place: Place) -> Summary:
     try:
         with open_tensors(checkpoint.root) as model:
             values = tuple(model.index.values) if isinstance(model, DcpTensors) else ()
-            return Summary(str(model.place), "checkpoint", model.facts, values, files, checkpoint.manifest)
+            return Summary(
+                str(model.place),
+                "checkpoint",
+                model.facts,
+                values,
+                files,
+                checkpoint.manifest,
+                unsupported=_unsupported(model),
+            )
     except NotACheckpointError:  # a step may be of an optimizer, or of hyperparameters, alone
         return Summary(str(checkpoint.root), "checkpoint", {}, (), files, checkpoint.manifest)
+
+
+def _unsupported(tensors: StoredTensors) -> dict[str, str]:
+    if not isinstance(tensors, DcpTensors):
+        return {}
+    return {name: unread.reason for name, unread in tensors.index.unsupported.items()}
 
 
 def _sizes(directory: Place, names: Iterable[str]) -> dict[str, int]:

@@ -31,7 +31,7 @@ def _inspect(options: argparse.Namespace) -> Answer:
     from ckpt_core.summary import summarize
 
     summary = summarize(options.path)
-    return Answer(summary.to_dict(), [*_head(summary), *_files(summary), *_tensors(summary)])
+    return Answer(summary.to_dict(), [*_head(summary), *_files(summary), *_tensors(summary), *_unsupported(summary)])
 
 
 def _head(summary: Summary) -> list[str]:
@@ -56,6 +56,10 @@ def _files(summary: Summary) -> list[str]:
 
 def _tensors(summary: Summary) -> list[str]:
     return [f"  {t.dtype:10} {t.shape!s:20} {len(t.files):3} chunks  {name}" for name, t in summary.tensors.items()]
+
+
+def _unsupported(summary: Summary) -> list[str]:
+    return [f"  not read: {name}, {reason}" for name, reason in summary.unsupported.items()]
 
 
 def _verify(options: argparse.Namespace) -> Answer:

@@ -24,6 +24,7 @@ def add_commands(commands: Commands) -> None:
     repair = commands.add("repair", _repair, "remove debris, and set damaged steps aside")
     repair.add_argument("store")
     repair.add_argument("--run", help="only this run")
+    repair.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
     for name, run, text in (
         ("pin", _pin, "give a step a name, which keeps it from pruning"),
         ("unpin", _unpin, "take a step's name away"),
@@ -149,9 +150,11 @@ def _repair(options: argparse.Namespace) -> Answer:
     store = _open(options.store)
     # A run may have nothing but what a killed save left.
     runs = [options.run] if options.run and _has_directory(store, options.run) else _runs(store, options.run)
-    done = {run: store.repair(run) for run in runs}
+    done = {run: store.repair(run, dry_run=options.dry_run) for run in runs}
     lines = [f"{run}: {sentence}" for run, sentences in done.items() for sentence in sentences]
-    return Answer({"repaired": done}, lines or [f"{store.url}: nothing to repair"])
+    return Answer(
+        {"would_repair" if options.dry_run else "repaired": done}, lines or [f"{store.url}: nothing to repair"]
+    )
 
 
 def _has_directory(store: Store, run: str) -> bool:

@@ -213,7 +213,9 @@ def _tokenizer_rules(files: Mapping[str, bytes], tokenizer: TokenizerFile | None
     """Say what is not known of a tokenizer."""
     rules = list[str]()
     if names := sorted(name for name in files if _TOKENIZER.fullmatch(name)) if tokenizer is None else []:
-        rules.append(f"assets: {', '.join(names)}: copied as they are; there is no {TOKENIZER_NAME}, which is checked")
+        rules.append(
+            f"assets: {', '.join(names)}: copied as they are, and not looked into, as there is no {TOKENIZER_NAME}"
+        )
     elif tokenizer is not None and tokenizer.unknown:
         rules.append(
             f"assets: {TOKENIZER_NAME} is copied as it is, and is {tokenizer.unknown}; whether the tokenizer loads and "

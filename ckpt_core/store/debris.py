@@ -99,6 +99,15 @@ def _keep_committed(trash: UPath) -> None:
     _replace_trash(trash, manifests, left)
 
 
+def find(run: UPath) -> list[UPath]:
+    """Return what `sweep` would delete, as far as that is known without deleting."""
+    kept = [each for kind in (records.LEASES, records.LOCKS) for each in records.records_in(run / kind)]
+    staged = [each for each in records.records_in(run / records.STAGING) if each.dead]
+    written = [run / step / data for step, _, data in (each.key.partition(".") for each in staged)]
+    trash = [run / name for name in objects.names_in(run) if name.startswith(TRASH)]
+    return [*(each.place for each in kept if each.dead), *written, *trash]
+
+
 def sweep(run: UPath) -> Iterator[tuple[UPath, str | None]]:
     """Delete what dead writers, readers and pruners left; yield each place, with what went wrong."""
     for kind in (records.LEASES, records.LOCKS):
@@ -127,7 +136,7 @@ def sweep_staging(run: UPath) -> Iterator[tuple[UPath, str | None]]:
             yield run / step / data, error
 
 
-def set_aside(path: UPath) -> str | None:
+def set_aside(path: UPath, *, dry_run: bool = False) -> str | None:
     """Move a step's files, if it is damaged, but for those that somebody writes; return a sentence about it."""
     names = objects.sizes_below(path)
     writers = _writers(path)  # after the files, before the manifest: who commits meanwhile is seen to have
@@ -140,18 +149,22 @@ def set_aside(path: UPath) -> str | None:
         if MANIFEST_NAME in names and committed is None and writers:
             return f"{path}: damaged, but left as it is: a writer may be at work; repair again in a day. {error}"
         if committed in writers:  # it died after its commit; what is set aside is not debris
-            writers.pop(committed).delete()
+            record = writers.pop(committed)
+            if not dry_run:
+                record.delete()
         try:
             busy = set(writers) | _in_trash(path)
         except DamagedError as unreadable:
             return f"{path}: damaged, but left as it is: what a pruner has yet to delete is not known. {unreadable}"
         loose = [name for name in names if not {name, name.partition("/")[0]} & busy]
-        if not loose:
-            return None
-        aside = path.parent / f"{DAMAGED}{path.name}-{uuid.uuid4().hex}"
-        for name in sorted(loose, key=lambda name: name != MANIFEST_NAME):
-            objects.move(path / name, aside / name)
-        return f"{path}: set aside as {aside.name}, so that the step can be saved again. It was damaged: {error}"
+        if dry_run:
+            said = f"{path}: would be set aside, so that the step can be saved again. It is damaged: {error}"
+            return said if loose else None
+        if loose:
+            aside = path.parent / f"{DAMAGED}{path.name}-{uuid.uuid4().hex}"
+            for name in sorted(loose, key=lambda name: name != MANIFEST_NAME):
+                objects.move(path / name, aside / name)
+            return f"{path}: set aside as {aside.name}, so that the step can be saved again. It was damaged: {error}"
     return None
 
 

@@ -231,21 +231,26 @@ class LocalStore:
                     found[path.name] = parse_pin(path.read_bytes(), path)
         return found
 
-    def repair(self, run: str) -> list[str]:
+    def repair(self, run: str, *, dry_run: bool = False) -> list[str]:
         """Remove debris, and set damaged steps aside as `.damaged-...`, whole, so that they can be saved again.
 
         Returns:
-            What was done, in sentences.
+            What was done, in sentences; with `dry_run` what would be done, and nothing changes.
         """
         directory = self._directory(run)
         if not directory.is_dir():
             return []
         _refuse_link(directory)
-        done = [error or f"{path}: removed; a dead writer or pruner left it." for path, error in _sweep(directory)]
+        removed = "would be removed" if dry_run else "removed"
+        done = [
+            error or f"{path}: {removed}; a dead writer or pruner left it."
+            for path, error in _sweep(directory, dry_run=dry_run)
+        ]
         with locks.lock_file(directory / _REPAIRING, locks.EXCLUSIVE_NOW) as alone:
             if alone is None:
                 return [*done, f"{directory}: being repaired by somebody else."]
-            return [*done, *filter(None, map(_set_aside, _step_directories(directory)))]
+            set_aside = partial(_set_aside, dry_run=dry_run)
+            return [*done, *filter(None, map(set_aside, _step_directories(directory)))]
 
     def _directory(self, run: str) -> Path:
         return self.root / check_name("run", run)
@@ -283,19 +288,20 @@ def _refuse_link(run: Path) -> None:
         )
 
 
-def _sweep(directory: Path) -> Iterator[tuple[Path, str | None]]:
+def _sweep(directory: Path, *, dry_run: bool = False) -> Iterator[tuple[Path, str | None]]:
     """Delete what dead writers and dead pruners left; yield each path, with what went wrong.
 
-    What this user has no permission to delete is another's; it is logged, and left to that one.
+    What this user has no permission to delete is another's; it is logged, and left to that one. With `dry_run` the
+    paths are yielded, and nothing is deleted.
     """
-    yield from _sweep_staging(directory)
+    yield from _sweep_staging(directory, dry_run=dry_run)
     for path in directory.iterdir():
         if is_debris(path.name, TRASH):
-            yield from _delete_debris(path, partial(_empty, path))
-    yield from _sweep_pins(directory / PINS)
+            yield from _delete_debris(path, partial(_empty, path), dry_run=dry_run)
+    yield from _sweep_pins(directory / PINS, dry_run=dry_run)
 
 
-def _sweep_staging(directory: Path) -> Iterator[tuple[Path, str | None]]:
+def _sweep_staging(directory: Path, *, dry_run: bool = False) -> Iterator[tuple[Path, str | None]]:
     """Delete what dead writers left; yield each path, with what went wrong."""
     found = {
         path.with_name(path.name.removesuffix(LOCK)) for path in directory.iterdir() if is_debris(path.name, STAGING)
@@ -304,12 +310,12 @@ def _sweep_staging(directory: Path) -> Iterator[tuple[Path, str | None]]:
         try:
             with locks.lock_file(_lock_of(path), locks.EXCLUSIVE_NOW) as held:
                 if held and os.path.lexists(path):
-                    yield from _delete_debris(path, partial(durable.remove_tree, path))
+                    yield from _delete_debris(path, partial(durable.remove_tree, path), dry_run=dry_run)
         except PermissionError as error:
             _log.warning("%s: left, another user writes or wrote it (%s)", path, error)
 
 
-def _sweep_pins(pins: Path) -> Iterator[tuple[Path, str | None]]:
+def _sweep_pins(pins: Path, *, dry_run: bool) -> Iterator[tuple[Path, str | None]]:
     """Delete pins that were half written; yield each path, with what went wrong."""
     try:
         if not pins.is_dir() or all(is_name(path.name) for path in pins.iterdir()):
@@ -317,15 +323,16 @@ def _sweep_pins(pins: Path) -> Iterator[tuple[Path, str | None]]:
         with locks.lock_file(_lock_of(pins), locks.EXCLUSIVE_NOW) as held:
             for path in pins.iterdir() if held else ():
                 if not is_name(path.name):
-                    yield from _delete_debris(path, path.unlink)
+                    yield from _delete_debris(path, path.unlink, dry_run=dry_run)
     except PermissionError as error:
         _log.warning("%s: left, another user's (%s)", pins, error)
 
 
-def _delete_debris(path: Path, delete: Callable[[], None]) -> Iterator[tuple[Path, str | None]]:
+def _delete_debris(path: Path, delete: Callable[[], None], *, dry_run: bool) -> Iterator[tuple[Path, str | None]]:
     """Delete a path, unless that needs another user's permission; yield it, with what went wrong."""
     try:
-        delete()
+        if not dry_run:
+            delete()
     except PermissionError as error:
         _log.warning("%s: left, another user's (%s)", path, error)
     except OSError as error:
@@ -351,7 +358,7 @@ def _empty(trash: Path) -> None:
     durable.remove_tree(trash)
 
 
-def _set_aside(path: Path) -> str | None:
+def _set_aside(path: Path, *, dry_run: bool) -> str | None:
     """Rename a step if it is damaged; return a sentence about it.
 
     The run is locked against others that repair, the step's manifest against those that prune or read.
@@ -363,7 +370,8 @@ def _set_aside(path: Path) -> str | None:
             try:
                 open_local(path)
             except (DamagedError, NotACheckpointError) as error:
-                return _rename_damaged(path, found, error, read=unread is None and (path / MANIFEST_NAME).exists())
+                read = unread is None and (path / MANIFEST_NAME).exists()
+                return _rename_damaged(path, found, error, read=read, dry_run=dry_run)
     except FileNotFoundError:  # pruned
         return None
     except PermissionError as error:
@@ -371,7 +379,7 @@ def _set_aside(path: Path) -> str | None:
     return None
 
 
-def _rename_damaged(path: Path, found: os.stat_result, error: Exception, *, read: bool) -> str | None:
+def _rename_damaged(path: Path, found: os.stat_result, error: Exception, *, read: bool, dry_run: bool) -> str | None:
     """Set a damaged step aside; return a sentence about it."""
     if is_newer(path):
         return f"{path}: left as it is. {error}"
@@ -379,6 +387,8 @@ def _rename_damaged(path: Path, found: os.stat_result, error: Exception, *, read
         return None
     if read:
         return f"{path}: damaged, but left as it is: somebody reads it; repair again when that is over. {error}"
+    if dry_run:
+        return f"{path}: would be set aside, so that the step can be saved again. It is damaged: {error}"
     aside = path.with_name(f"{DAMAGED}{path.name}-{uuid.uuid4().hex}")
     path.rename(aside)
     durable.sync_directory(aside.parent)

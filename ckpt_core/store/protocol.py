@@ -128,10 +128,10 @@ class Store(Protocol):
         """
         ...
 
-    def repair(self, run: str) -> list[str]:
+    def repair(self, run: str, *, dry_run: bool = False) -> list[str]:
         """Remove debris, and set damaged steps aside as `.damaged-...`, whole, so that they can be saved again.
 
         Returns:
-            What was done, in sentences.
+            What was done, in sentences; with `dry_run` what would be done, and nothing changes.
         """
         ...

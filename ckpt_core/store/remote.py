@@ -300,12 +300,17 @@ class RemoteStore:
                 continue
         return found
 
-    def repair(self, run: str) -> list[str]:
+    def repair(self, run: str, *, dry_run: bool = False) -> list[str]:
         """Remove debris, and set damaged steps aside as `.damaged-...`, whole, so that they can be saved again.
 
         Returns:
-            What was done, in sentences.
+            What was done, in sentences; with `dry_run` what would be done, and nothing changes.
         """
+        if dry_run:
+            found = [
+                f"{p}: would be removed; a dead writer or pruner left it." for p in debris.find(self._directory(run))
+            ]
+            return [*found, *filter(None, (debris.set_aside(path, dry_run=True) for path in self._steps(run)))]
         done = [
             error or f"{place}: removed; a dead writer or pruner left it."
             for place, error in debris.sweep(self._directory(run))

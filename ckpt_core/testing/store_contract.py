@@ -308,6 +308,9 @@ class StoreContract:
         (checkpoints[2].path / MANIFEST_NAME).unlink()
         (checkpoints[3].path / MANIFEST_NAME).write_bytes(b"{")
         before = everything(store)
+        planned = store.repair(RUN, dry_run=True)
+        assert [step_name(step) in sentence for step, sentence in zip((1, 2, 3), planned, strict=True)] == [True] * 3
+        assert everything(store) == before
         done = store.repair(RUN)
         assert [step_name(step) in sentence for step, sentence in zip((1, 2, 3), done, strict=True)] == [True] * 3
         assert sorted(everything(store).values()) == sorted(before.values())

@@ -55,7 +55,7 @@ class TestCarried:
         found = READERS[reader](directory)
         assert found.files == {name: c if isinstance(c, bytes) else c.encode() for name, c in files.items()}
         [unchecked] = found.rules
-        assert "copied as they are; there is no tokenizer.json" in unchecked
+        assert "copied as they are, and not looked into, as there is no tokenizer.json" in unchecked
 
     def test_a_tokenizer_of_a_known_form(self, tmp_path: Path, reader: str) -> None:
         """Its tokens are counted, and there is nothing to say; code that it names is said to be missing."""

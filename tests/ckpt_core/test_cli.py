@@ -5,12 +5,14 @@ import json
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from hub_child import child_environment_for
 from safetensors.torch import load_file
 from small_models import layers
@@ -97,6 +99,12 @@ def test_inspect_shows_dcp_directories_and_exports(ckpt: Run, place: Path, tmp_p
     assert "\nrule: tied: lm_head.weight is model.embed_tokens.weight" in out
     facts = json.loads(ckpt("inspect", tmp_path / "export" / "model.safetensors", "--json")[1])
     assert (facts["kind"], list(facts["files"])) == ("huggingface", ["model.safetensors"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # such tensors are deprecated
+        quantized = torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.quint8)
+        dcp.save({"w": torch.ones(2), "x": quantized}, checkpoint_id=tmp_path / "foreign", no_dist=True)
+    assert "\n  not read: x, of quantized elements, quint8\n" in ckpt("inspect", tmp_path / "foreign")[1]
+    assert "x" in json.loads(ckpt("inspect", tmp_path / "foreign", "--json")[1])["unsupported"]
     PyTorchCheckpoint(hyperparameters={"a": 1}).save(tmp_path / "store", step=1)
     facts = json.loads(ckpt("inspect", tmp_path / "store" / "default" / "step_0000000001", "--json")[1])
     assert (facts["tensors"], facts["manifest"]["hyperparameters"]) == ({}, {"a": 1})
@@ -281,6 +289,9 @@ def test_repair_sets_damaged_steps_aside(ckpt: Run, tmp_path: Path) -> None:
     for step in (1, 2):
         PyTorchCheckpoint(module=layers()).save(store, step=step, run="a")
     (store / "a" / "step_0000000001" / "model" / "__0_0.distcp").unlink()
+    status, out, _ = ckpt("repair", store, "--dry-run")
+    assert (status, "step_0000000001: would be set aside" in out) == (0, True)
+    assert len(json.loads(ckpt("repair", store, "--dry-run", "--json")[1])["would_repair"]["a"]) == 1
     status, out, _ = ckpt("repair", store)
     assert status == 0
     assert "step_0000000001" in out

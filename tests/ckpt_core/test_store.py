@@ -802,7 +802,11 @@ class TestRepair:
         (store.root / RUN / f".trash-{step_name(0)}-x").mkdir()
         (store.root / RUN / f".staging-{step_name(0)}-x").mkdir()
         (store.root / RUN / "pins" / ".best.1.tmp").touch()
+        before = sorted(store.root.rglob("*"))
+        planned = store.repair(RUN, dry_run=True)
+        assert sorted(store.root.rglob("*")) == before
         done = store.repair(RUN)
+        assert planned == [sentence.replace(": removed;", ": would be removed;") for sentence in done]
         assert len(done) == 3
         assert all("removed; a dead writer or pruner left it" in sentence for sentence in done)
         assert names(store) == ["pins", "step_0000000001"]

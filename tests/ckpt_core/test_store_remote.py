@@ -545,7 +545,11 @@ class TestPruners:
         for record in records.records_in(store.root / RUN / records.LOCKS):
             record.delete()
         assert steps(store.list(RUN)) == ([2] if deleted else [1, 2])
+        before = everything(store)
+        planned = store.repair(RUN, dry_run=True)
+        assert everything(store) == before
         done = store.repair(RUN)
+        assert planned == [sentence.replace(": removed;", ": would be removed;") for sentence in done]
         assert len(done) == 1
         assert steps(store.list(RUN)) == ([2] if deleted else [1, 2])
         assert len(everything(store)) == len(steps(store.list(RUN))) * (len(FILES) + 1)
