@@ -187,7 +187,10 @@ def _tokenizer_of(model: str | PathLike[str] | nn.Module, *, trust_remote_code: 
     if not isinstance(model, str | PathLike):
         raise ArgumentError("text for a live model needs its `tokenizer`")
     try:
-        return library.AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code, local_files_only=True)
+        directory = local_path(model, "model")
+        return library.AutoTokenizer.from_pretrained(
+            directory, trust_remote_code=trust_remote_code, local_files_only=True
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ArgumentError(f"{model}: has no tokenizer for text ({error}); evaluate it on token rows") from error
 

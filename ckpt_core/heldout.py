@@ -13,6 +13,7 @@ import numpy as np
 
 from ckpt_core.errors import ArgumentError
 from ckpt_core.texts import find_texts, read_texts
+from ckpt_core.urls import local_path
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -49,7 +50,8 @@ def read_rows(data: str | PathLike[str] | Rows) -> Heldout | None:
         ArgumentError: they are no integers in two dimensions, of at least two tokens a row.
     """
     if isinstance(data, str | PathLike):
-        path = Path(data) / _TOKENS_NAME if Path(data).is_dir() else Path(data)
+        path = local_path(data, "data")
+        path = path / _TOKENS_NAME if path.is_dir() else path
         if path.suffix != ".npy" or not path.is_file():
             return None
         rows, where = _map(path), str(path)
@@ -70,7 +72,7 @@ def load_texts(source: str | PathLike[str], field: str = "text") -> list[str]:
     Raises:
         ArgumentError: no text there, or a file that cannot be read.
     """
-    texts = [text for path in find_texts(str(source)) for text in read_texts(path, field) if text.strip()]
+    texts = [text for path in find_texts(source) for text in read_texts(path, field) if text.strip()]
     if not texts:
         raise ArgumentError(f"{source}: holds no text; give more")
     return texts

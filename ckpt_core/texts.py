@@ -6,20 +6,24 @@ import glob
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from ckpt_core.errors import ArgumentError
+from ckpt_core.urls import local_path
+
+if TYPE_CHECKING:
+    from ckpt_core.urls import AnyPath
 
 _LONGEST_TEXT = 1 << 20  # characters: a longer file is read as several texts, cut at line ends
 
 
-def find_texts(source: str | Path, others: str = "") -> list[Path]:
+def find_texts(source: AnyPath, others: str = "") -> list[Path]:
     """Return the files of a path or glob, in the order of their names; hidden ones in a directory do not count.
 
     Raises:
         ArgumentError: there is none; `others` says what else the caller would have taken.
     """
-    path = Path(source).expanduser()
+    path = local_path(source, "data")
     if path.is_dir():
         return sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path)))
     if path.is_file():

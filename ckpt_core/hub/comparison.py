@@ -100,7 +100,10 @@ def compared_card(
         json.loads((local_path(export, "export") / MANIFEST).read_bytes()),
         metrics=figures["challenger"],
         compared=others,
-        evaluated_on={"name": Path(data).name, "fingerprint": cast("Evaluation", comparison.challenger).fingerprint},
+        evaluated_on={
+            "name": local_path(data, "data").name,
+            "fingerprint": cast("Evaluation", comparison.challenger).fingerprint,
+        },
         decision=figures["decision"]["reason"],
     )
 

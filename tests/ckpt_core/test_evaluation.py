@@ -115,7 +115,7 @@ def test_text_comes_from_files_and_rows(text, tmp_path):
     rows = [json.dumps({"words": (text / name).read_text()}) + "\n" for name in ("a.txt", "b.txt")]
     (tmp_path / "rows.jsonl").write_text("".join(rows))
     expected = evaluate(model, text)
-    assert evaluate(model, f"{text}/*.txt") == expected
+    assert evaluate(model, f"{text}/*.txt") == evaluate(model.as_uri(), f"{text.as_uri()}/*.txt") == expected
     assert evaluate(model, tmp_path / "rows.jsonl", text_field="words") == expected
     assert evaluate(model, text / "a.txt") != expected
 
@@ -249,6 +249,8 @@ def test_weights_that_would_be_random_are_refused(tmp_path):
         ("text/one.txt", {}, "1 tokens, which leaves nothing to predict"),
         ("text/none.txt", {}, "no data at .*none.txt"),
         ("text/bytes.npy", {}, "no array of tokens"),
+        ("s3://bucket/text", {}, r"data: s3://bucket/text: expected a local path"),
+        ("s3:/bucket/rows.npy", {}, "data: s3:/bucket/rows.npy: neither a path nor a URL"),
     ],
 )
 def test_data_that_does_not_fit_is_refused(text, tmp_path, data, options, message):
@@ -256,7 +258,7 @@ def test_data_that_does_not_fit_is_refused(text, tmp_path, data, options, messag
     contents = {"blank.txt": b" \n", "one.txt": b"w1", "long.txt": b"w1 " * 40, "bytes.npy": b"\x93NUMPY nothing"}
     for name, content in contents.items():
         (text / name).write_bytes(content)
-    given = tmp_path / data if isinstance(data, str) else data
+    given = tmp_path / data if isinstance(data, str) and ":" not in data else data
     with pytest.raises(ArgumentError, match=message):
         evaluate(model_of("llama"), given, **{"tokenizer": tokenizer(), **options})
 
