@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -252,20 +252,13 @@ def _read(directory: Path | None) -> dict[str, bytes]:
     if not directory.is_dir():
         text = "assets: no such directory; give one with the files that go along"
         raise FileNotFoundError(errno.ENOENT, text, str(directory))
-    return {name: path.read_bytes() for name, path in _files(directory, frozenset({directory.resolve()}))}
-
-
-def _files(directory: Path, above: frozenset[Path]) -> Iterator[tuple[str, Path]]:
-    """Yield the files below a directory, with their paths relative to it."""
-    for name, path in durable.files_below(directory):
-        if path.is_file():
-            yield name, path
-        elif not path.is_dir():
-            raise ArgumentError(f"{path}: neither a file nor a link to one; take it out of the directory.")
-        elif any(parent.is_relative_to(path.resolve()) for parent in above):
+    found = dict(durable.files_through_links(directory))
+    for path in found.values():
+        if path.is_dir():
             raise ArgumentError(f"{path}: a link to a directory that it lies in; take it out of the directory.")
-        else:
-            yield from ((f"{name}/{below}", each) for below, each in _files(path, above | {path.resolve()}))
+        if not path.is_file():
+            raise ArgumentError(f"{path}: neither a file nor a link to one; take it out of the directory.")
+    return {name: path.read_bytes() for name, path in found.items()}
 
 
 def _write_files(directory: Place, files: Mapping[str, bytes]) -> Files:

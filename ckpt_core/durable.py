@@ -248,6 +248,19 @@ def files_below(root: Place) -> Iterator[tuple[str, Place]]:
             yield path.relative_to(root).as_posix(), path
 
 
+def files_through_links(root: Path, above: frozenset[Path] = frozenset()) -> Iterator[tuple[str, Path]]:
+    """Yield each file below `root` as `files_below` does, and those below directories that links lead to.
+
+    A link to a directory that it lies in is yielded as it is, and so is one that leads nowhere.
+    """
+    above |= {root.resolve()}
+    for name, path in files_below(root):
+        if not path.is_dir() or any(parent.is_relative_to(path.resolve()) for parent in above):
+            yield name, path
+        else:
+            yield from ((f"{name}/{below}", each) for below, each in files_through_links(path, above))
+
+
 def make_parents(place: Place) -> None:
     """Make the directories above a file, where there are directories."""
     if isinstance(place, Path):

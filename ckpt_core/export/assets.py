@@ -105,7 +105,8 @@ def read_files(directory: Place, *, trust_remote_code: bool = False) -> Assets:
     Raises:
         DamagedError: one of them is not readable, or is a pointer to one that Git LFS did not fetch.
     """
-    found = dict(durable.files_below(directory))
+    local = isinstance(directory, Path)
+    found = dict(durable.files_through_links(directory) if local else durable.files_below(directory))
     modules = module_directories(found[MODULES_NAME]) if MODULES_NAME in found else ()
     carried = choose(found, modules, directory, code=trust_remote_code)
     files = {name: _read(found[name]) for name in carried.names}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckpt_core.errors import NotACheckpointError
@@ -32,6 +33,8 @@ class Tree:
     """Regular files, by their path below `place`."""
 
     entries: int = 0
+    seen: set[Path] = field(default_factory=set[Path])
+    """Directories that need not be looked into again: links lead to one by several names, or to one above."""
 
     def unchecked(self, checked: Iterable[str]) -> tuple[str, ...]:
         """Return the files that are not among those `checked`: first pickles, which loading would run."""
@@ -46,11 +49,17 @@ def read_tree(place: Place) -> Tree:
         NotACheckpointError: there are too many files, or committed steps, which are verified one by one.
     """
     tree = Tree(place)
+    if isinstance(place, Path):
+        tree.seen.update(place.resolve().parents)
     _read(place, "", tree, 0)
     return tree
 
 
 def _read(directory: Place, path: str, tree: Tree, depth: int) -> None:
+    if isinstance(directory, Path):
+        if directory.resolve() in tree.seen:
+            return
+        tree.seen.add(directory.resolve())
     names: Mapping[str, Place] = {entry.name: entry for entry in directory.iterdir()}
     if METADATA_NAME in names or _RANK_0 in names:
         tree.dcp[path.removesuffix("/")] = directory
@@ -61,10 +70,15 @@ def _read(directory: Place, path: str, tree: Tree, depth: int) -> None:
     tree.entries += len(names)
     if tree.entries > _MAX_ENTRIES:
         raise NotACheckpointError(f"{tree.place}: more than {_MAX_ENTRIES} files; give the checkpoint's own directory.")
-    for name, entry in sorted(names.items()):
+    # Links last, so that a directory is found by its own name.
+    for name, entry in sorted(names.items(), key=lambda item: (_is_link(item[1]), item[0])):
         if name.startswith("."):
             continue
         if not entry.is_dir():
             tree.files[path + name] = entry
         elif depth < _MAX_DEPTH:
             _read(entry, f"{path}{name}/", tree, depth + 1)
+
+
+def _is_link(entry: Place) -> bool:
+    return isinstance(entry, Path) and entry.is_symlink()

@@ -102,6 +102,22 @@ class TestCarried:
         [said] = check_generation_config(found.files)
         assert said.startswith("assets: generation_config.json is copied as it is, though transformers does not")
 
+    def test_links_are_followed(self, tmp_path: Path, reader: str) -> None:
+        """The directory, one in it, and files of it may be links; one that leads to a directory above stays behind."""
+        files = {"tokenizer.json": "{}", "2_Dense/config.json": "{}", "elsewhere/special.json": "{}"}
+        real = model_directory(tmp_path / "real", {"1_Pooling/config.json": "{}"})
+        there = model_directory(tmp_path / "there", dict(files))
+        (real / "2_Dense").symlink_to("../there/2_Dense")
+        (real / "more").symlink_to(there / "elsewhere")
+        (real / "tokenizer.json").symlink_to(there / "tokenizer.json")
+        (there / "elsewhere/back").symlink_to(real)
+        (tmp_path / "link").symlink_to("real")
+        found = READERS[reader](tmp_path / "link")
+        assert found.files.keys() == {
+            "1_Pooling/config.json", "2_Dense/config.json", "more/special.json", "tokenizer.json"
+        }  # fmt: skip
+        assert any("left out: more/back" in rule for rule in found.rules)
+
     def test_what_stays_behind(self, tmp_path: Path, reader: str) -> None:
         """Weights in any format, archives, code and what is unknown never come along, and what is left out is named."""
         weights = [

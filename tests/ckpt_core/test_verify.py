@@ -474,6 +474,9 @@ class TestDcp:
         assert "in optimizer_0, pytorch_model_fsdp_0" in detail(report, "structure")
         assert report.unchecked == ("random_states_0.pkl", "scheduler.bin", "optimizer_0/__7_0.distcp")
         assert report.to_dict()["unchecked"] == report.unchecked
+        for name, to in (("latest", "optimizer_0"), ("again", "."), ("above", ".."), ("optimizer_0/up", "..")):
+            (tmp_path / name).symlink_to(to)
+        assert verify(tmp_path) == report, "a link leads to what is checked already"
         span = read_index(tmp_path / "optimizer_0").tensors["optimizer.state.weight.exp_avg"].chunks[0].span
         with open_source(tmp_path / "optimizer_0" / span.file) as source:
             flip(tmp_path / "optimizer_0" / span.file, locate(source, span, "").offset)
