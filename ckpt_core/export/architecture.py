@@ -211,7 +211,7 @@ def is_known(config: Mapping[str, Any]) -> bool:
     """Return whether transformers itself has the classes that a config means, so that no other code is needed."""
     import transformers
 
-    kind, name = config.get("model_type"), named_architecture(config)
+    kind, name = config.get("model_type", ""), named_architecture(config)
     try:
         cls = named_class(name) if name else None
     except MismatchError:
@@ -248,7 +248,7 @@ def load_config(config: Mapping[str, Any], cls: Any = None) -> Any:
     """
     import transformers
 
-    kind = str(config.get("model_type"))
+    kind = str(config.get("model_type", ""))
     own = getattr(cls, "config_class", None)
     own_kind = kind not in transformers.CONFIG_MAPPING and kind == getattr(own, "model_type", None)
     if not own_kind and kind not in transformers.CONFIG_MAPPING:

@@ -273,6 +273,8 @@ def write_configs(module: Any, directory: Path) -> None:
     config.architectures = [architecture_name(module)]
     config.dtype = str(module.dtype).removeprefix("torch.")
     config.save_pretrained(directory)
+    if hasattr(module, "decision_config"):  # of models that decide: decision.json, and its template
+        module.decision_config.save_pretrained(directory)
     if record := record_of(module):
         (directory / RECORD_NAME).write_bytes(record)
     if module.can_generate():
@@ -321,6 +323,8 @@ def _parse_config(path: Place) -> dict[str, Any]:
         if isinstance(error, CkptError):
             raise
         raise DamagedError(f"{path}: not JSON ({type(error).__name__}: {error}); restore a copy.") from None
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+    # Classes that are only parts of others have a config class without a model_type, which `architectures` finds.
+    typed = isinstance(config, dict) and isinstance(config.get("model_type", ""), str)
+    if not typed or not (config.get("model_type") or is_known(config)):
         raise MismatchError(f"{path}: names no model_type; expected the config of a transformers model.")
     return cast("dict[str, Any]", config)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from huggingface_hub import HfApi, constants
 from small_transformers import MODELS, model_of, read_json, tokenizer
+from transformers.decision import DecisionConfig
 
 from ckpt_core import errors
 from ckpt_core.export import assets as assets_module
@@ -252,6 +253,17 @@ def test_a_step_is_saved_whatever_its_generation_config_says(tmp_path: Path) -> 
     model.generation_config.max_new_tokens = 0
     write_configs(model, tmp_path / "good")
     assert read_json(tmp_path / "good" / name)["max_new_tokens"] == 0
+
+
+def test_settings_of_a_model_that_decides(tmp_path: Path) -> None:
+    """decision.json is written as save_pretrained writes it, next to the other configs."""
+    model = model_of("llama")
+    model.decision_config = DecisionConfig(noul_options=["false", "true"], chat_template="{{ state }}")
+    model.decision_config.save_pretrained(tmp_path)
+    (tmp_path / "all").mkdir()
+    write_configs(model, tmp_path / "all")
+    for name in ("decision.json", "decision_template.jinja"):
+        assert (tmp_path / "all" / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
 class PanicException(BaseException):

@@ -305,6 +305,21 @@ class TestRefusals:
         ):
             refused(errors.MismatchError, text, llama[0], replace(llama[1], config={**config, **change}), out)
 
+    def test_a_config_without_a_model_type(self, tmp_path: Path) -> None:
+        """A part of a model whose config class has none is found by its class; any other config is refused by name."""
+        model = small_model(transformers.BarkCausalModel, small_config(transformers.BarkCausalModel))
+        directory, assets = checkpoint_of(model, tmp_path / "saved")
+        assert "model_type" not in assets.config
+        export = convert(directory, tmp_path / "export", assets=assets)
+        expected = save_pretrained(model, tmp_path / "expected")
+        for name in (WEIGHTS, "config.json"):
+            assert (export.path / name).read_bytes() == (expected / name).read_bytes()
+        config = expected / "config.json"
+        for change in ({"architectures": None}, {"architectures": ["LlamaForCausalLM"]}, {"model_type": 3}):
+            config.write_text(json.dumps({**read_json(config), **change}))
+            with pytest.raises(errors.MismatchError, match="names no model_type"):
+                read_assets(expected)
+
     def test_tied_tensors_that_differ(self, tmp_path: Path) -> None:
         """Two tensors that the config ties are compared: equal ones are stored once, others refused."""
         model = model_of("llama tied")
