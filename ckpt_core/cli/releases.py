@@ -41,6 +41,7 @@ def add_commands(commands: Commands) -> None:
     rollback = commands.add("rollback", _roll_back, "serve an earlier release again, by a new commit")
     rollback.add_argument("where", metavar="REPO_ID", help="or a directory's path or a URL")
     rollback.add_argument("--to", required=True, metavar="TAG", help="the release to serve")
+    rollback.add_argument("--read-back", action="store_true", help="read every byte of it first, on the Hub too")
     _add_endpoint(rollback)
     hub = commands.add_group("hub", "the local Hub server")
     serve = hub.add("serve", _serve_hub, "serve the repositories in a directory, as the Hub does")
@@ -108,7 +109,7 @@ def _candidate(options: argparse.Namespace, compared: Comparison | None) -> Cand
 def _roll_back(options: argparse.Namespace) -> Answer:
     from ckpt_core.hub import roll_back
 
-    release = roll_back(options.where, options.to, endpoint=options.endpoint)
+    release = roll_back(options.where, options.to, endpoint=options.endpoint, read_back=options.read_back)
     state = f"is served again, by commit {release.commit}" if release.created else "was served already"
     return Answer(asdict(release), [f"{release.repo_id} {release.tag} {state}: {release.url}"])
 

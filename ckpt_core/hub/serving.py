@@ -6,16 +6,23 @@ from pathlib import Path
 from ckpt_core.errors import ArgumentError, HubContentError, HubError
 from ckpt_core.hub.releases import Release, describe, tag_of
 from ckpt_core.hub.target import open_target
-from ckpt_core.hub.verification import advance, holds_model
+from ckpt_core.hub.verification import advance, holds_model, read_back_tree
 from ckpt_core.urls import local_path
 
 
-def roll_back(where: str | PathLike[str], to: str, *, endpoint: str | None = None, token: str | None = None) -> Release:
+def roll_back(
+    where: str | PathLike[str],
+    to: str,
+    *,
+    endpoint: str | None = None,
+    token: str | None = None,
+    read_back: bool = False,
+) -> Release:
     """Make `main` serve an earlier release again, by a new commit with that tag's tree; all history stays.
 
     In a directory or bucket every file of the release is read first, and its sha256 compared with the recorded one. A
-    Hub stores files by their digests and answers for them, so nothing is read there. Where `main` serves the release
-    already, nothing else is done.
+    Hub stores files by their digests and answers for them, so nothing is read there, unless `read_back` asks for it.
+    Where `main` serves the release already, nothing else is done.
 
     Raises:
         ArgumentError: there is no such tag; the message lists those there are.
@@ -32,6 +39,8 @@ def roll_back(where: str | PathLike[str], to: str, *, endpoint: str | None = Non
         raise ArgumentError(f"{target.where} has no tag {to!r} to roll back to; it has {known}")
     wanted = target.tree(state.tags[to])
     target.check(state.tags[to])
+    if read_back:
+        read_back_tree(target, state.tags[to], wanted)
     if target.tree(state.head) == wanted:
         return describe(target, to, state.head, wanted, created=False)
     commit = advance(target, state.tags[to], state.head, f"Roll back to {to}", wanted)

@@ -50,3 +50,19 @@ def read_back_all(target: Target, commit: str, contents: Mapping[str, Content]) 
                 f" sha256 {sha256}, expected {expected.size} with {expected.sha256}; no tag was set. If the file here"
                 " still has the expected digest, the copy there is damaged: delete it there and publish again"
             )
+
+
+def read_back_tree(target: Target, commit: str, tree: Tree) -> None:
+    """Read each file of a commit that has a sha256; what git holds, small files, it names by their content itself.
+
+    Raises:
+        HubContentError: a file is not what the target says.
+    """
+    for path in sorted(path for path, entry in tree.items() if entry.sha256):
+        size, sha256 = target.digest(commit, path)
+        if (size, sha256) != (tree[path].size, tree[path].sha256):
+            raise HubContentError(
+                f"{target.where} serves other bytes than it says: {path} at {commit} has {size} bytes with sha256 "
+                f"{sha256}, expected {tree[path].size} with {tree[path].sha256}; main was not moved. Roll back to "
+                "another release, or publish that export again"
+            )

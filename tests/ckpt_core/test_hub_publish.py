@@ -224,6 +224,8 @@ def test_a_byte_flipped_on_the_hub_is_found_when_it_is_read_back(client, export,
             client.publish(export, read_back=True)
     assert client.repo.refs().tags.keys() == {"v1"}
     assert client.titles() == ["Publish v1", "initial commit"]
+    with pytest.raises(HubContentError, match=rf"sha256 {found}, expected .*{right}; main was not moved"):
+        client.call("roll_back", REPO, "v1", read_back=True)
     with pytest.raises(HubContentError, match=r"model\.safetensors of v1 arrived damaged"):
         client.call("download", REPO, "v1", directory=str(tmp_path / "copy"))
 

@@ -206,3 +206,5 @@ def test_every_byte_can_be_read_back(target, make):
     caller, where = target
     assert caller.call("publish", make(1), where, read_back=True)["created"] is True
     assert caller.call("publish", make(1), where, read_back=True)["created"] is False
+    caller.call("publish", make(2), where)
+    assert caller.call("roll_back", where, "v1", read_back=True)["created"] is True
