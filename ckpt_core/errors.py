@@ -111,7 +111,8 @@ class HubContentError(HubError):
 
 def describe(error: OSError) -> str:
     """Return a sentence for an error of the system: where, what, and what to do."""
-    if error.errno is None:
+    # Errors of network clients have numbers that are not the system's, or a text that names what was asked.
+    if error.errno is None or error.errno not in errno.errorcode or type(error).__str__ is not OSError.__str__:
         return str(error) or type(error).__name__
     where = "" if error.filename is None else f"{_text(error.filename)}: "
     remedy = _REMEDIES.get(error.errno)

@@ -48,6 +48,21 @@ def test_the_root_is_an_ordinary_exception():
     assert all(issubclass(kind, errors.CkptError) for kind in DEFINED.values())
 
 
+class ConnectionToError(OSError):
+    """An error of a client of the network, which says what it could not reach."""
+
+    def __str__(self):
+        return "Cannot connect to host x:80"
+
+
+def test_errors_of_the_system_are_described():
+    """A file's error has its path and a remedy; one that is a client's own keeps the client's words."""
+    assert errors.describe(OSError(errno.ENOSPC, "", "/data")).startswith("/data: No space left on device; ")
+    assert errors.describe(OSError(-2, "Name or service not known")) == "[Errno -2] Name or service not known"
+    for number in (errno.ECONNREFUSED, -2, None):
+        assert errors.describe(ConnectionToError(number, "")) == "Cannot connect to host x:80"
+
+
 @pytest.mark.parametrize("kind", DEFINED.values(), ids=list(DEFINED))
 def test_every_error_survives_pickling(kind):
     """An error that crosses processes keeps its class, its text and its arguments."""
