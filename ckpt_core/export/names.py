@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -205,6 +206,8 @@ class _Attempt:
     """The stored name of each name as it is read."""
 
     wanted: Wanted
+    fitting: tuple[str, ...] = ()
+    """The prefixes with which no tensor is missing: each is that of a model."""
 
     def has(self, name: str) -> bool:
         """Whether a name of the model's is stored."""
@@ -237,7 +240,8 @@ def _attempt(stored: Sequence[str], wanted: Wanted, table: Table, change: Callab
     if len(names) != len(stored) or len(changed) != len(wanted.names):
         return None
     attempts = [_Attempt(change, prefix, names, wanted) for prefix in _prefixes(names, changed)]
-    return min(attempts, key=lambda a: (len(a.missing), len(a.prefix), a.prefix))
+    best = min(attempts, key=lambda a: (len(a.missing), len(a.prefix), a.prefix))
+    return replace(best, fitting=tuple(sorted(a.prefix for a in attempts if not a.missing)))
 
 
 def _prefixes(names: Iterable[str], wanted: Iterable[str]) -> set[str]:
@@ -289,6 +293,13 @@ def _check_beside(
         return not (inside and read.partition(".")[0] in own) and (is_training_state(read) or name in untrained)
 
     leftovers = [name for name in left if not is_other(name)]
+    if leftovers and len(best.fitting) > 1:
+        shown = ", ".join(repr(prefix.rstrip(".")) for prefix in best.fitting)
+        drop = json.dumps({"drop": [f"^{re.escape(max(best.fitting, key=len))}"]})
+        raise MismatchError(
+            f"{where}: holds more than one {model}: {shown}; choose one by a table of names that drops the others, "
+            f"such as {drop}."
+        )
     if leftovers:
         raise MismatchError(
             f"{where}: holds {len(leftovers)} tensors that {model} does not have, such as "

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import math
+import re
 import shutil
 from argparse import Namespace
 from collections.abc import Callable
@@ -37,6 +38,7 @@ from ckpt_core.diff import diff
 from ckpt_core.export import Assets, convert, convert_checkpoint, plan_export, read_export
 from ckpt_core.export.assets import fetch_assets, read_assets
 from ckpt_core.export.imports import import_hf
+from ckpt_core.export.names import Table
 from ckpt_core.hf_weights import read_weights
 from ckpt_core.native_checkpoint import convert_dcp_to_hf, save_checkpoint
 from ckpt_core.verify import verify
@@ -564,6 +566,23 @@ class TestSources:
         """Weights next to a model, and anything within it that it does not have, are a MismatchError."""
         directory = save_states({**model_of("llama").state_dict(), **other}, tmp_path / "dcp")
         refused(errors.MismatchError, "does not have", directory, llama[1], tmp_path / "out" / "export")
+
+    @pytest.mark.parametrize("names", [("model", "ema"), ("actor", "ref.module"), ("", "ema_model")], ids="+".join)
+    def test_several_models_are_refused(
+        self, tmp_path: Path, llama: tuple[Path, Assets], names: tuple[str, str]
+    ) -> None:
+        """Of two models that fit neither is guessed: the error names both, and a table of names that chooses one."""
+        states = [model_of("llama").state_dict(), {n: -t for n, t in model_of("llama").state_dict().items()}]
+        both = {f"{at}.{n}".lstrip("."): t for at, state in zip(names, states, strict=True) for n, t in state.items()}
+        io.save(both, tmp_path / "dcp")
+        with pytest.raises(errors.MismatchError, match=r"holds more than one LlamaForCausalLM: .*by a table") as raised:
+            plan_export(tmp_path / "dcp", llama[1])
+        assert all(f"'{name}'" in str(raised.value) for name in names)
+        table = Table(drop=(re.compile("^" + re.escape(f"{names[1]}.")),))
+        export = convert(tmp_path / "dcp", tmp_path / "export", assets=llama[1], table=table)
+        assert_same(load_file(export.path / WEIGHTS), dict(sorted(states[0].items())))
+        (suggested,) = json.loads(str(raised.value).partition("such as ")[2].rstrip("."))["drop"]
+        assert plan_export(tmp_path / "dcp", llama[1], table=Table(drop=(re.compile(suggested),))).outputs
 
     @pytest.mark.parametrize(
         ("name", "front"),
