@@ -239,7 +239,7 @@ class PyTorchCheckpoint(DataClassJsonMixin):
             return self._state("optimizer", "optimizer")
         values = as_dict(self.hyperparameters)
         if key not in values:
-            raise KeyError(f"{key!r} is not in this checkpoint; it has {', '.join(self.keys())}.")
+            raise KeyError(f"{key!r} is not in this checkpoint; it has {', '.join(map(str, self.keys()))}.")
         return values[key]
 
     def __contains__(self, key: object) -> bool:
@@ -327,7 +327,10 @@ class PyTorchCheckpoint(DataClassJsonMixin):
         Raises:
             ValueError: it is not JSON, or not a reference.
         """
-        document = json.loads(s, parse_float=parse_float, parse_int=parse_int, parse_constant=parse_constant, **kw)
+        try:
+            document = json.loads(s, parse_float=parse_float, parse_int=parse_int, parse_constant=parse_constant, **kw)
+        except RecursionError:
+            raise ArgumentError("JSON nested too deeply; not a reference.") from None
         return cls.from_dict(document, infer_missing=infer_missing)
 
     @classmethod
@@ -459,14 +462,29 @@ def collect(
         optimizer=class_name(checkpoint.optimizer),
         hyperparameters=plain(as_dict(checkpoint.hyperparameters), "hyperparameters"),
         hyperparameter_types=types_lost(as_dict(checkpoint.hyperparameters), "hyperparameters"),
-        metrics=plain(dict(metrics or {}), "metrics"),
-        lineage=plain(dict(lineage or {}), "lineage"),
+        metrics=plain(_named(metrics, "metrics"), "metrics"),
+        lineage=plain(_named(lineage, "lineage"), "lineage"),
     )
     return Parts(
         manifest,
         checkpoint.module,
         checkpoint.optimizer,
         scheduler,
-        None if trainer is None else exact(dict(trainer), "trainer"),
+        None if trainer is None else exact(_as_dict(trainer, "trainer"), "trainer"),
         None if assets is None else local_path(assets, "assets"),
     )
+
+
+def _as_dict(value: Any, what: str) -> dict[Any, Any]:
+    if not isinstance(value, Mapping):
+        raise ArgumentError(f"{what}: expected a mapping of names to values, found {type(value).__name__}.")
+    return dict(cast("Mapping[Any, Any]", value))
+
+
+def _named(value: Any, what: str) -> dict[str, Any]:
+    """Return what has a name as its key, as JSON would make one of any key."""
+    found = _as_dict({} if value is None else value, what)
+    for key in found:
+        if not isinstance(key, str):
+            raise ArgumentError(f"{what}: the key {key!r:.60} is of type {type(key).__name__}; give text.")
+    return found

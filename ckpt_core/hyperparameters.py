@@ -45,6 +45,8 @@ class _Encoder(_ExtendedEncoder):
     def default(self, o: Any) -> Any:
         if type(o).__module__ == "numpy" and hasattr(o, "tolist"):
             return o.tolist()
+        if type(o).__module__.partition(".")[0] == "torch" and hasattr(o, "tolist"):
+            raise TypeError("a tensor is no JSON, but what its item() or tolist() returns")
         if is_dataclass(o) and not isinstance(o, type):
             return asdict(o)
         return super().default(o)

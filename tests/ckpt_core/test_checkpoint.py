@@ -346,6 +346,30 @@ class TestJson:
             PyTorchCheckpoint.from_json(text)
 
     @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            ({"trainer": [1]}, "trainer: expected a mapping of names to values, found list"),
+            ({"trainer": "x"}, "trainer: expected a mapping"),
+            ({"metrics": {1: 2.0}}, "metrics: the key 1 is of type int; give text"),
+            ({"lineage": [("data", 1)]}, "lineage: expected a mapping"),
+            ({"metrics": {"loss": torch.tensor(1.0)}}, r"metrics\.loss: a tensor is no JSON"),
+            ({"trainer": {"seen": torch.ones(2)}}, r"trainer\.seen: a tensor is no JSON"),
+        ],
+    )
+    def test_facts_of_another_form(self, tmp_path: Path, given: dict[str, Any], message: str) -> None:
+        """Counters, metrics and lineage are mappings from names; what is none is an ArgumentError that says so."""
+        with pytest.raises(ArgumentError, match=message):
+            PyTorchCheckpoint(nn.Linear(2, 2)).save(tmp_path, step=1, **given)
+        assert not list(tmp_path.iterdir())
+
+    def test_odd_names_in_errors(self) -> None:
+        """A reference that nests without end is an ArgumentError, and a missing name lists those that are no text."""
+        with pytest.raises(ArgumentError, match="nested too deeply"):
+            PyTorchCheckpoint.from_json("[" * 100_000)
+        with pytest.raises(KeyError, match=r"it has module_state_dict, 3"):
+            _ = PyTorchCheckpoint(nn.Linear(2, 2), {3: 1})["a"]
+
+    @pytest.mark.parametrize(
         "change",
         [{"url": 3}, {"run": None}, {"step": "1"}, {"digest": None}, {"module": []}, {"optimizer": "Adam"}],
     )
