@@ -91,7 +91,7 @@ def _row_texts(path: Path, field: str) -> Iterator[str]:
 def _row(line: str, field: str, where: str) -> dict[str, Any]:
     try:
         row: Any = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArgumentError(f"{where}: not JSON: {error}") from error
     if not isinstance(row, dict):
         raise ArgumentError(f"{where}: expected an object with the field {field!r}, found a JSON {_kind(row)}")

@@ -66,7 +66,7 @@ def read_begun(target: UPath) -> Begun | None:
         return Begun(**json.loads(objects.read(place)))
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         raise DamagedError(f"{place}: not the plan of a conversion; delete it, and convert again.") from None
 
 

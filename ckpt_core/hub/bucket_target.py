@@ -276,7 +276,7 @@ class BucketTarget:
         """Make an error that names a record of what comes of reading it."""
         try:
             yield
-        except (ValueError, LookupError, TypeError, AttributeError) as problem:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as problem:
             raise HubContentError(
                 f"{self.where}/{path} is damaged ({type(problem).__name__}: {problem}); restore a copy of it"
             ) from None

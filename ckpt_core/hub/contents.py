@@ -195,7 +195,7 @@ def _record(export: Path, manifest: bytes) -> Mapping[str, Any]:
     try:
         record: Any = json.loads(manifest)
         version = record["format_version"]
-    except (ValueError, LookupError, TypeError) as problem:
+    except (ValueError, LookupError, TypeError, RecursionError) as problem:
         raise _damaged(export, problem) from None
     if version != _FORMAT_VERSION:
         raise DamagedError(

@@ -451,6 +451,7 @@ def damage(export, how):
         changes = {
             "no json": text[:-1],
             "list": "[]",
+            "deep": "[" * 100_000,
             "version": text.replace('"format_version": 1', '"format_version": 2'),
             "digest": text.replace(hashlib.sha256(b"{}").hexdigest(), "0"),
             "climbs": text.replace('"config.json"', '"../config.json"'),
@@ -471,6 +472,7 @@ def damage(export, how):
         ("no manifest", "export.json is missing"),
         ("no json", "export.json is damaged"),
         ("list", "export.json is damaged"),
+        ("deep", "export.json is damaged"),
         ("version", "format_version is 2, expected 1"),
         ("digest", "config.json has no size or sha256"),
         ("climbs", "'../config.json' is not the name of a file in the export"),

@@ -147,6 +147,7 @@ def test_split_needs_two_documents():
         ("rows.jsonl", b'{"text": "a"}\n{"text": 3}\n', r"line 2: field 'text' is a number, expected text"),
         ("rows.jsonl", b'{"text": "a"}\n[1]\n', r"line 2: expected an object .* found a JSON list"),
         ("rows.jsonl", b'{"text": "a"}\n{"te\n', r"line 2: not JSON"),
+        ("rows.jsonl", b"[" * 100_000 + b"\n", r"line 1: not JSON: maximum recursion"),
         ("rows.jsonl", b'{"text": "\xff"}\n', r"rows\.jsonl: not UTF-8"),
         ("a.txt", b"\xff\xfe\x00", r"a\.txt: not UTF-8 text"),
         ("a.txt", b" \n\n", r"empty: .*a\.txt' \(from .*\) held no text"),
