@@ -83,9 +83,10 @@ def read_assets(directory: Place, *, trust_remote_code: bool = False) -> Assets:
     """
     path = directory / CONFIG_NAME
     if not path.is_file():
-        raise NotACheckpointError(
-            f"{directory}: no {CONFIG_NAME}, so the architecture is not known; name a config with --model."
-        )
+        advice = "give the directory that has it, or put the model's own there"
+        if (directory / "adapter_config.json").is_file():
+            advice = "it holds an adapter alone, so give the model that it was merged into"
+        raise NotACheckpointError(f"{directory}: no {CONFIG_NAME}, so the architecture is not known; {advice}.")
     config, rules = _without_code(_parse_config(path), path, trust_remote_code=trust_remote_code)
     rest = read_files(directory, trust_remote_code=trust_remote_code)
     return replace(rest, config=config, rules=(*rules, *rest.rules), names=_weight_names(directory))

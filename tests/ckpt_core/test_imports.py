@@ -466,7 +466,11 @@ class TestRefusals:
             source = copy_with(llama, tmp_path / str(number), **config)
             refused(errors.MismatchError, text, source, tmp_path / "out" / "dcp")
         (source / "config.json").unlink()
-        refused(errors.NotACheckpointError, r"config\.json", source, tmp_path / "out" / "dcp")
+        refused(
+            errors.NotACheckpointError, r"config\.json.*put the model's own there", source, tmp_path / "out" / "dcp"
+        )
+        (source / "adapter_config.json").write_text("{}")
+        refused(errors.NotACheckpointError, r"holds an adapter alone", source, tmp_path / "out" / "dcp")
 
     def test_damaged_files(self, tmp_path: Path, llama: Path) -> None:
         """A header that is none, a file that is cut short, one that is missing and weights as a pickle are named."""
