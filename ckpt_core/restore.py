@@ -25,7 +25,7 @@ from ckpt_core.format.index import METADATA_NAME, TWIN_NAME, Index, Keys, Tensor
 from ckpt_core.format.manifest import record_file
 from ckpt_core.io.containers import KINDS_KEY, read_kinds, unpack, unpack_entry
 from ckpt_core.io.nesting import nest
-from ckpt_core.locate import find_prefix, left_over
+from ckpt_core.locate import find_prefix, is_training_state, left_over
 from ckpt_core.printable import printable_logger
 from ckpt_core.state import (
     MODEL_KEY,
@@ -199,8 +199,16 @@ class OptimizerPlan:
         for root in _ROOTS:
             if any(path[: len(root) + 1] == (*root, "param_groups") for path in index.paths.values()):
                 return cls(state, found, index, root, part)
-        held = ", ".join([*index.tensors, *index.values][:3])
-        raise MismatchError(f"{found}: holds no optimizer ({held}, ...); give the optimizer's directory.")
+        names = [*index.tensors, *index.values]
+        other = next((name for name in names if is_training_state(name) or ".param_groups." in name), None)
+        if other is not None:
+            raise MismatchError(
+                f"{found}: its optimizer is in a form that is not loaded here, such as {other}; load it with the "
+                "framework that saved it, or load the weights alone."
+            )
+        raise MismatchError(
+            f"{found}: holds no optimizer ({', '.join(names[:3])}, ...); give the optimizer's directory."
+        )
 
     def read(self) -> None:
         """Collective: read all of the state, and compare it with the optimizer; nothing live is changed."""

@@ -399,6 +399,20 @@ class TestOtherWriters:
         stock_load({"optim": OptimizerState(other, fresh, restored)}, tmp_path / "o")
         assert go_on(fresh, restored) == expected
 
+    def test_an_optimizer_in_another_form_is_named(self, tmp_path: Path) -> None:
+        """Torchtitan's flat state, and one that stands deeper, are called unsupported, and not missing."""
+        model, optimizer, _ = training()
+        state = {"model": model.state_dict()}
+        flat = {"state.trunk.weight.exp_avg": torch.ones(2), "param_groups.trunk.weight.lr": 0.1}
+        deeper = {"optim": {"state": {"0": {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 0.1}]}}
+        for name, other in (("flat", {"optimizer": flat}), ("deeper", {"app": deeper})):
+            stock_save({**state, **other}, tmp_path / name)
+            with pytest.raises(MismatchError, match="its optimizer is in a form that is not loaded here, such as"):
+                load_checkpoint(model, str(tmp_path / name), optimizer, optimizer_path=str(tmp_path / name))
+        stock_save(state, tmp_path / "none")
+        with pytest.raises(MismatchError, match="holds no optimizer"):
+            load_checkpoint(model, str(tmp_path / "none"), optimizer, optimizer_path=str(tmp_path / "none"))
+
     def test_accelerates_optimizer_is_loaded(self, tmp_path: Path) -> None:
         """An optimizer's state that stands alone under `optimizer`, as Accelerate saves it."""
         saved = training()
