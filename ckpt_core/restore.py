@@ -9,6 +9,7 @@ All that can be read or checked apart from the live objects comes first; see `fi
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from ckpt_core.format.index import METADATA_NAME, TWIN_NAME, Index, Keys, Tensor
 from ckpt_core.format.manifest import record_file
 from ckpt_core.io.containers import KINDS_KEY, read_kinds, unpack, unpack_entry
 from ckpt_core.io.nesting import nest
-from ckpt_core.locate import find_prefix, is_training_state, left_over
+from ckpt_core.locate import find_prefix, left_over
 from ckpt_core.printable import printable_logger
 from ckpt_core.state import (
     MODEL_KEY,
@@ -46,6 +47,9 @@ if TYPE_CHECKING:
 _EXTRA = "_extra_state"
 _ROOTS: tuple[Keys, ...] = ((OPTIMIZER_KEY, "optim"), (OPTIMIZER_KEY,), ("optimizer",))
 """Where an optimizer's `state` and `param_groups` stand: ours and NeMo-RL's, stock DCP's, Accelerate's."""
+
+_OPTIMIZER = re.compile(r"(^|\.)(optim(izers?)?|param_groups)(_\d+)?(\.|$)")
+"""What the name of an entry of an optimizer has in it, whichever framework saved it."""
 
 _log = printable_logger(__name__)
 
@@ -200,7 +204,7 @@ class OptimizerPlan:
             if any(path[: len(root) + 1] == (*root, "param_groups") for path in index.paths.values()):
                 return cls(state, found, index, root, part)
         names = [*index.tensors, *index.values]
-        other = next((name for name in names if is_training_state(name) or ".param_groups." in name), None)
+        other = next((name for name in names if _OPTIMIZER.search(name)), None)
         if other is not None:
             raise MismatchError(
                 f"{found}: its optimizer is in a form that is not loaded here, such as {other}; load it with the "

@@ -404,11 +404,11 @@ class TestOtherWriters:
         model, optimizer, _ = training()
         state = {"model": model.state_dict()}
         flat = {"state.trunk.weight.exp_avg": torch.ones(2), "param_groups.trunk.weight.lr": 0.1}
-        deeper = {"optim": {"state": {"0": {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 0.1}]}}
-        for name, other in (("flat", {"optimizer": flat}), ("deeper", {"app": deeper})):
-            stock_save({**state, **other}, tmp_path / name)
+        deeper = {"AdamW": {"state": {"0": {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 0.1}]}}
+        for number, saved in enumerate(({**state, "optimizer": flat}, {"state": {**state, "optimizers": deeper}})):
+            stock_save(saved, tmp_path / f"{number}")
             with pytest.raises(MismatchError, match="its optimizer is in a form that is not loaded here, such as"):
-                load_checkpoint(model, str(tmp_path / name), optimizer, optimizer_path=str(tmp_path / name))
+                load_checkpoint(model, str(tmp_path / f"{number}"), optimizer, None, str(tmp_path / f"{number}"))
         stock_save(state, tmp_path / "none")
         with pytest.raises(MismatchError, match="holds no optimizer"):
             load_checkpoint(model, str(tmp_path / "none"), optimizer, optimizer_path=str(tmp_path / "none"))
