@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckpt_core.errors import MismatchError
 from ckpt_core.export.adapter import Adapter, embedding_rows, find_adapter, has_adapter
-from ckpt_core.export.adapter_config import adapter_config
+from ckpt_core.export.adapter_config import ADAPTER_CONFIG_NAME, adapter_config
 from ckpt_core.export.adapter_merge import plan_merged
 from ckpt_core.export.adapter_plan import plan_adapter
 from ckpt_core.export.architecture import Architecture, choose_class
@@ -62,6 +62,12 @@ def _plan(directory: Place, assets: Assets, settings: dict[str, Any], *, merge_a
     has = has_adapter(index, table)
     if merge_adapter and not has:
         raise MismatchError(f"{where}: holds no LoRA adapter to merge; convert without merge_adapter.")
+    if not has and not assets.config and ADAPTER_CONFIG_NAME in assets.files:
+        adapter_config(assets, where, merge=False)  # of another kind, it says so
+        raise MismatchError(
+            f"{where}: holds no LoRA adapter, though {ADAPTER_CONFIG_NAME} is that of one, and there is no config of "
+            "its model; give one with --model, or the checkpoint of the adapter."
+        )
     if not assets.config and (merge_adapter or not has):
         raise MismatchError(f"{where}: there is no config of its model; give one with --model.")
     check_no_scales({name: entry.dtype for name, entry in index.tensors.items()}, where)

@@ -380,8 +380,10 @@ class TestRefused:
         plain = save_states(dict(model_of("llama").state_dict()), tmp_path / "plain")
         with pytest.raises(errors.MismatchError, match="no LoRA adapter to merge"):
             convert(plain, tmp_path / "export", assets=assets, merge_adapter=True)
-        with pytest.raises(errors.MismatchError, match="no config of its model"):
+        with pytest.raises(errors.MismatchError, match=r"no config of its model"):
             convert(plain, tmp_path / "export", assets=replace(assets, config={}))
+        with pytest.raises(errors.MismatchError, match="peft_type 'IA3'; only adapters of the type 'LORA'"):
+            plan_export(plain, replace(with_config(assets, peft_type="IA3"), config={}))
 
     def test_weights_and_factors_of_other_types(self, tmp_path: Path, saved: Saved) -> None:
         """Weights that are integers, as quantized ones are, and factors of two types are not merged."""
