@@ -9,7 +9,10 @@ _DATA: dict[str, frozenset[str]] = {
     "_io": frozenset({"BytesIO", "StringIO"}),
     "argparse": frozenset({"Namespace"}),
     "array": frozenset({"array", "_array_reconstructor"}),
-    "collections": frozenset({"ChainMap", "Counter", "OrderedDict", "UserDict", "UserList", "defaultdict", "deque"}),
+    "collections": frozenset({
+        "ChainMap", "Counter", "IterableUserDict", "OrderedDict", "UserDict", "UserList", "UserString", "defaultdict",
+        "deque",
+    }),
     "copyreg": frozenset({"__newobj__", "__newobj_ex__", "_reconstructor"}),
     "datetime": frozenset({"date", "datetime", "time", "timedelta", "timezone"}),
     "decimal": frozenset({"Decimal"}),
@@ -24,12 +27,15 @@ _DATA: dict[str, frozenset[str]] = {
     "zoneinfo": frozenset({"ZoneInfo", "ZoneInfo._unpickle"}),
     "builtins": frozenset({
         "bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "object", "range", "set",
-        "slice", "str", "tuple", "unicode", "long", "Ellipsis", "NotImplemented",
+        "slice", "str", "tuple", "unicode", "long", "xrange", "Ellipsis", "NotImplemented",
     }),
 }  # fmt: skip
 """Of the standard library, what only holds data. All else of it may run code, when it is called or only imported."""
 
-_OTHER_NAMES = {"__builtin__": "builtins", "copy_reg": "copyreg", "pathlib._local": "pathlib"}
+_OTHER_NAMES = {
+    "__builtin__": "builtins", "exceptions": "builtins", "copy_reg": "copyreg", "pathlib._local": "pathlib",
+    **dict.fromkeys(("UserDict", "UserList", "UserString"), "collections"),
+}  # fmt: skip
 """What Python 2, and pickles that it can read, call these modules, and Python 3.13."""
 
 _INERT_FUNCTIONS = frozenset({
@@ -43,7 +49,9 @@ _INERT_FUNCTIONS = frozenset({
     )),
     *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
     *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
-    ("numpy", "dtype"), ("numpy", "ndarray"),
+    *(("numpy", name) for name in ("dtype", "matrix", "memmap", "ndarray", "recarray", "record", "void")),
+    *((f"numpy.{place}", n) for place in ("rec", "core.records", "_core.records") for n in ("recarray", "record")),
+    ("numpy.matrixlib.defmatrix", "matrix"), ("numpy.ma.core", "_mareconstruct"),
     *(("numpy.random._pickle", f"__{kind}_ctor") for kind in ("bit_generator", "generator", "randomstate")),
 })  # fmt: skip
 _RUNNING = (

@@ -167,6 +167,8 @@ class _Machine:
                         raise ValueError("a key without a value")
                     del stack[start:]
                     target = stack[-1]
+                    if isinstance(target, Record):  # of a foreign class that is a dict, whose items say nothing
+                        continue
                     if type(target) is not dict:
                         raise TypeError("items for what is no dict")
                     made += not target  # the first item takes more memory than the empty dict
@@ -287,6 +289,8 @@ class _Machine:
 
     def extend(self, items: list[Any]) -> None:
         target: Any = self.stack[-1]
+        if isinstance(target, Record):  # of a foreign class that is a list, or a deque
+            return
         if type(target) is not list:
             raise TypeError("items for what is no list")
         cast("list[Any]", target).extend(items)
@@ -372,6 +376,11 @@ def _byte(machine: _Machine) -> int:
     return machine.take(1)[0]
 
 
+def _huge_integer(machine: _Machine) -> None:
+    machine.take(machine.number(_U32))
+    raise UnsupportedError(f"{machine.where}: an integer of more than 255 bytes, which this library does not read.")
+
+
 _CODES: dict[str, Callable[[_Machine], object]] = {
     "\x80": lambda m: m.take(1),  # protocol
     "\x95": lambda m: m.take(8),  # frame
@@ -379,6 +388,7 @@ _CODES: dict[str, Callable[[_Machine], object]] = {
     "\x88": _push(lambda _: True),
     "\x89": _push(lambda _: False),
     "\x8a": _push(lambda m: int.from_bytes(m.take(_byte(m)), "little", signed=True)),
+    "\x8b": _huge_integer,
     "G": _push(lambda m: m.number(_F64)),
     "X": _push(lambda m: m.text(m.number(_U32))),
     "\x8d": _push(lambda m: m.text(m.number(_U64))),

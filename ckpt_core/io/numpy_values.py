@@ -172,7 +172,7 @@ class _Plain:
         if isinstance(value, _Array):
             return _array(value)
         if isinstance(value, (pickles.Record, type)):
-            raise TypeError("a type in place of a value")
+            raise UnsupportedError("a type in place of a value, which this library does not read")
         if type(value) is dict:
             return {key: self.of(inner, depth + 1) for key, inner in cast("dict[Any, Any]", value).items()}
         if isinstance(value, (list, tuple)):

@@ -580,6 +580,8 @@ INERT = [
     ("omegaconf.dictconfig", "DictConfig"), ("transformers.training_args", "TrainingArguments"), ("uuid", "UUID"),
     ("megatron.core.transformer.enums", "AttnBackend"), ("builtins", "ValueError"), ("torch", "float7_e3m3"),
     ("torch._utils", "_rebuild_qtensor"), ("_io", "BytesIO"), ("__builtin__", "set"), ("a.b", "_Private.Nested"),
+    ("__builtin__", "xrange"), ("exceptions", "OSError"), ("UserList", "UserList"), ("numpy", "matrix"),
+    ("numpy.rec", "recarray"), ("numpy.ma.core", "_mareconstruct"), ("collections", "deque"),
 ]  # fmt: skip
 RUNNING = [
     ("os", "system"), ("posix", "system"), ("subprocess", "Popen"), ("builtins", "eval"), ("__builtin__", "getattr"),

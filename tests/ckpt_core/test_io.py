@@ -4,12 +4,13 @@ import io as streams
 import itertools
 import os
 import pickle
+import re
 import resource
 import shutil
 import struct
 import warnings
 import zipfile
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from pathlib import Path
 
 import gloo_ranks
@@ -31,6 +32,7 @@ from ckpt_core.format.index import METADATA_NAME, TWIN_NAME, read_index
 from ckpt_core.format.manifest import record_file
 from ckpt_core.io import DigestWriter, SafeLoadPlanner, SafeReader
 from ckpt_core.urls import place_of
+from ckpt_core.verify import verify
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
@@ -393,6 +395,10 @@ def saved_value(value):
     return buffer.getvalue()
 
 
+class Words(list):
+    """A list of somebody's."""
+
+
 class NoPlainData:
     """A class of somebody's, which unpickling would have to import."""
 
@@ -438,6 +444,19 @@ class TestValues:
         assert not (tmp_path / "ran").exists()
         dcp.load({"rate": None}, checkpoint_id=saved)
         assert (tmp_path / "ran").exists()  # plain dcp.load would have
+
+    @pytest.mark.parametrize(
+        "value",
+        [deque([1, 2]), Words([1]), range(3), ValueError("x"), 2**5000, np.dtype("f4"), np.ma.array([1])],
+        ids=lambda value: type(value).__name__,
+    )
+    def test_what_is_only_foreign(self, saved, value):
+        """Objects of the standard library, of somebody's containers and of numpy are unsupported, and no damage."""
+        with_value(saved, saved_value(value))
+        with pytest.raises(UnsupportedError, match="rate") as caught:
+            io.read_state(saved)
+        assert not re.search("hostile|run code|damaged", str(caught.value))
+        assert verify(saved).passed
 
     def test_a_class_of_somebodys(self, saved):
         """An object that is not plain data is saved by DCP, and refused on load with its class's name."""
