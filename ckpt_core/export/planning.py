@@ -158,7 +158,7 @@ def _trim_rule(assets: Assets) -> TrimRule:
 
     @cache
     def size() -> int | None:
-        if assets.tokens is None and not lacks_tokenizer_json(assets.files):
+        if assets.tokens is None:  # transformers may make a tokenizer of a few tokens of files without a vocabulary
             return None
         with suppress(MismatchError):
             return load_sizes(assets.files, assets.config)[1]

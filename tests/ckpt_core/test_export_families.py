@@ -254,6 +254,16 @@ class TestRows:
                 convert(directory, tmp_path / "export", assets=read_assets(beside))
             (beside / name).unlink()
 
+    def test_a_tokenizer_without_its_vocabulary_cuts_nothing(self, tmp_path: Path) -> None:
+        """Settings of a tokenizer alone, of which transformers makes one of three tokens, leave all rows in place."""
+        model = model_of("llama")
+        _, assets = checkpoint_of(model, tmp_path / "saved")
+        model.resize_token_embeddings(48)
+        io.save({"model": model.state_dict()}, tmp_path / "dcp")
+        settings = {"tokenizer_config.json": b'{"tokenizer_class": "LlamaTokenizerFast"}'}
+        plan = plan_export(tmp_path / "dcp", replace(assets, files=settings))
+        assert plan.tokens == 48
+
     def test_tokens_that_a_library_counts(self, tmp_path: Path) -> None:
         """A vocabulary without tokenizer.json is counted as transformers loads it; if it cannot, a rule says why."""
         directory, assets = checkpoint_of(model_of("bert"), tmp_path / "saved")
